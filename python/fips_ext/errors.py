@@ -1,0 +1,27 @@
+"""Exceptions. Every message names the argument, what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+
+class FipsError(Exception):
+    """Base class: catch this to catch everything that fips_ext raises on purpose."""
+
+
+class InvalidArgument(FipsError, ValueError):
+    """An argument that can be put right by the caller."""
+
+
+class BudgetError(InvalidArgument):
+    """A byte budget that no factorisation of the given pattern can meet."""
+
+
+class NumericalError(FipsError, ArithmeticError):
+    """NaN or Inf in weights or activations; the message names the layer."""
+
+
+class CheckpointError(FipsError):
+    """A checkpoint that is missing, truncated, malformed, or written by a newer version."""
+
+
+class SurgeryError(FipsError):
+    """A model in which no MLP (or an ambiguous one) was found."""

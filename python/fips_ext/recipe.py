@@ -1,0 +1,125 @@
+"""``Recipe``: everything that reproduces a compression, as one JSON-able dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any, Literal
+
+from .errors import InvalidArgument
+from .layout import Encoding, check_block
+
+PatternKind = Literal["bitmap", "block", "dense"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """A parsed pattern: what is stored of V.
+
+    ``bitmap`` (default grid 64×64), ``block:BKxBN`` and ``dense`` (density 1: low rank).
+    """
+
+    kind: PatternKind
+    block: tuple[int, int]
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Parse ``bitmap``, ``bitmap:BKxBN``, ``block:BKxBN`` or ``dense``."""
+        match = re.fullmatch(r"(bitmap|block|dense)(?::(\d+)x(\d+))?", text)
+        if match is None or (match[1] == "block" and match[2] is None):
+            raise InvalidArgument(
+                f"pattern: got {text!r}; allowed are 'bitmap', 'bitmap:BKxBN', 'block:BKxBN' and 'dense', "
+                "for example 'block:32x32'"
+            )
+        default = (16, 64) if match[1] == "dense" else (64, 64)
+        block = default if match[2] is None else (int(match[2]), int(match[3]))
+        return cls(match[1], check_block(block))
+
+    @property
+    def encoding(self) -> Encoding:
+        return "bitmap" if self.kind == "bitmap" else "block"
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.block[0]}x{self.block[1]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Settings of one compression; every field but ``ratio`` has a default.
+
+    Attributes:
+        ratio: bytes of the compressed MLPs (base, values, index, masks, biases) over their dense bytes in the
+            same dtype, in (0, 1].
+        pattern: ``bitmap``, ``bitmap:BKxBN``, ``block:BKxBN`` or ``dense``.
+        group_size: consecutive transformer blocks that share a base.
+        rank: stored base vectors per base; None lets the budget solver choose.
+        base: ``shared`` = ``U``; ``identity`` = ``I`` (plain pruning); ``both`` = ``[U, I]`` (sparse + low rank).
+        per_role: one base for the input side (fc1, gate, up) and one for the output side (fc2, down).
+        init: ``whitened`` (calibrated) or ``svd`` (data-free).
+        refit: ridge refit of the base after masking.
+        steps: optimiser steps per group of the joint block-wise training; 0 = closed form only.
+        tokens_per_step: tokens of each layer in one step.
+        learning_rate: relative to the RMS of each tensor.
+        calibration_tokens: tokens (or patches) taken from the calibration data.
+        seed: of every random choice.
+    """
+
+    ratio: float
+    pattern: str = "bitmap"
+    group_size: int = 4
+    rank: int | None = None
+    base: Literal["shared", "identity", "both"] = "shared"
+    per_role: bool = True
+    init: Literal["whitened", "svd"] = "whitened"
+    refit: bool = True
+    steps: int = 100
+    tokens_per_step: int = 1024
+    learning_rate: float = 0.01
+    calibration_tokens: int = 24576
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.ratio, int | float) and 0 < self.ratio <= 1):
+            raise InvalidArgument(
+                f"ratio: got {self.ratio!r}; it is compressed over dense MLP bytes and must lie in (0, 1]"
+            )
+        Pattern.parse(self.pattern)
+        for name, low in (
+            ("group_size", 1),
+            ("steps", 0),
+            ("tokens_per_step", 1),
+            ("calibration_tokens", 1),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise InvalidArgument(f"{name}: got {value!r}; expected an integer of at least {low}")
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
+            raise InvalidArgument(f"rank: got {self.rank!r}; expected None or a positive integer")
+        for name, allowed in (
+            ("base", ("shared", "identity", "both")),
+            ("init", ("whitened", "svd")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InvalidArgument(f"{name}: got {getattr(self, name)!r}; allowed are {allowed}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise InvalidArgument(
+                f"learning_rate: got {self.learning_rate!r}; expected a positive number"
+            )
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        return Pattern.parse(self.pattern)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Recipe:
+        """Inverse of :meth:`to_dict`; an unknown key is an error that lists the known ones."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise InvalidArgument(f"recipe: unknown keys {unknown}; known keys are {sorted(known)}")
+        return cls(**fields)
