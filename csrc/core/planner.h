@@ -1,0 +1,43 @@
+// Which way a product with a slice runs on the CPU: a pure function of the call, so that it can be tested
+// and read. Thresholds come from benchmarks/bench_block_sparse_mm.py on AVX-512 and are deliberately few.
+#pragma once
+
+#include <cstdint>
+
+#include "core/format.h"
+
+namespace fips {
+
+enum class MmPath {
+  kSparse,     // our kernels, on stored blocks only
+  kDensified,  // V filled up with zeros for this call, then the vendor GEMM
+};
+
+struct MmShape {
+  int64_t tokens;
+  int64_t stored_slots;  // num_blocks * bk * bn
+  int64_t rows, cols;
+  DType dtype;
+  bool bitmap;
+};
+
+inline MmPath choose_mm_path(const MmShape& shape) {
+  // Filling V up costs one write of the dense matrix; below a few dozen tokens that is all the time there is.
+  if (shape.tokens < 32) {
+    return MmPath::kSparse;
+  }
+  if (shape.bitmap) {
+    return MmPath::kDensified;
+  }
+  const double density =
+      static_cast<double>(shape.stored_slots) / static_cast<double>(shape.rows * shape.cols + 1);
+  // The vendor's bf16 GEMM runs on dot-product instructions; ours still multiplies in float32.
+  const bool half = shape.dtype == DType::kBFloat16 || shape.dtype == DType::kFloat16;
+  return density <= (half ? 0.2 : 0.5) ? MmPath::kSparse : MmPath::kDensified;
+}
+
+inline MmShape mm_shape(const BlockSparseView& v, int64_t tokens) {
+  return {tokens, v.num_blocks * v.slots(), v.rows, v.cols, v.dtype, v.is_bitmap()};
+}
+
+}  // namespace fips

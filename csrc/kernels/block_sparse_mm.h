@@ -1,0 +1,35 @@
+// out = x * V + bias ([tokens, r] -> [tokens, n]), or with `transpose` out = x * V^T + bias
+// ([tokens, n] -> [tokens, r]). Torch-free: raw pointers, sizes, strides.
+#pragma once
+
+#include <cstdint>
+
+#include "core/format.h"
+#include "core/parallel.h"
+
+namespace fips {
+
+struct BlockSparseMmParams {
+  BlockSparseView v;  // v.dtype is the element type of x, bias and out as well
+  bool transpose = false;
+  const void* x = nullptr;
+  int64_t tokens = 0;
+  int64_t x_stride = 0;  // elements between tokens; features are contiguous
+  const void* bias = nullptr;
+  void* out = nullptr;
+  int64_t out_stride = 0;
+
+  FIPS_HOST_DEVICE int64_t in_features() const { return transpose ? v.cols : v.rows; }
+  FIPS_HOST_DEVICE int64_t out_features() const { return transpose ? v.rows : v.cols; }
+};
+
+namespace cpu {
+
+// Bytes of scratch memory that block_sparse_mm needs (64-byte aligned, any content).
+int64_t block_sparse_mm_workspace(const BlockSparseMmParams& params);
+
+// `v` must have passed check_view.
+void block_sparse_mm(const BlockSparseMmParams& params, void* workspace, const Parallel& parallel);
+
+}  // namespace cpu
+}  // namespace fips
