@@ -1,0 +1,2 @@
+#define FIPS_ISA scalar
+#include "kernels/cpu/isa_table.h"

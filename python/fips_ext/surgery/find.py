@@ -1,0 +1,239 @@
+"""Finding the MLPs of a model by structure, never by names of models or attributes."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..errors import SurgeryError
+from .dense_mlp import DenseMLP, Slot
+from .probe import Formula, is_plain_linear, match_intermediate, match_mlp, starts_with
+
+_log = logging.getLogger(__name__)
+
+# Below the smallest block edge there is nothing to factor; relative-position MLPs live there.
+_SMALLEST_WIDTH = 16
+_ADVICE = (
+    "expected modules with linear maps [n, d], [d, n] (plain) or [n, d], [n, d], [d, n] (gated), n ≥ d ≥ "
+    f"{_SMALLEST_WIDTH}, and an activation of fips_ext.reference.ACTIVATIONS between them"
+)
+
+
+@dataclass
+class _Survey:
+    """What one pass over a model learns.
+
+    Attributes:
+        slots: the places of each module, by ``id``.
+        matches: the MLPs by the ``id`` of their linear maps, in module order.
+        rejected: modules that look like an MLP and why they are none.
+    """
+
+    slots: dict[int, list[Slot]] = field(default_factory=lambda: defaultdict(list))
+    matches: dict[frozenset[int], DenseMLP] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+
+
+def find_mlps(model: nn.Module) -> list[DenseMLP]:
+    """The transformer MLPs of ``model``, in module order.
+
+    Recognised are gated and plain MLPs that are one module, and the split form (BERT) of an intermediate
+    module beside an output module. Attention, heads beside the stack of blocks and experts behind a router
+    are left alone. MLPs that share all their weights are one entry.
+
+    Raises:
+        SurgeryError: there is none, or one shares only some of its weights.
+    """
+    survey = _Survey()
+    for parent in model.modules():
+        for attribute, child in parent.named_children():
+            survey.slots[id(child)].append(Slot(parent, attribute))
+    for name, module in model.named_modules():
+        _match_one_module(survey, name, module)
+    for name, module in model.named_modules():
+        _match_split(survey, name, module)
+    mlps = _without_experts(model, list(survey.matches.values()), survey)
+    mlps = _without_heads(model, mlps, survey)
+    mlps = _merge_shared(model, mlps)
+    if not mlps:
+        seen = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in survey.rejected.items())
+        raise SurgeryError(
+            f"model: found no MLP in {type(model).__name__}; {_ADVICE}. "
+            + (f"Looked at: {seen}" if seen else "Nothing came close")
+        )
+    for name, why in survey.rejected.items():
+        _log.warning("%s is left dense: %s", name, why)
+    return mlps
+
+
+def _match_one_module(survey: _Survey, name: str, module: nn.Module) -> None:
+    """Record ``module`` if it is a whole MLP: two or three linear maps and no other parameter."""
+    linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
+    if _has_conv1d(module):
+        survey.rejected[name] = "transformers' Conv1D maps (GPT-2) are not supported"
+        return
+    if len(linears) not in (2, 3) or not _nothing_but(module, linears):
+        return
+    formulas = match_mlp(module, linears)
+    if len(formulas) == 1 and min(formulas[0].up.weight.shape) >= _SMALLEST_WIDTH:
+        if survey.slots[id(module)]:
+            # A wrapper computes the same as the MLP in it; the walk is top down, so the innermost stays.
+            key = frozenset(map(id, linears))
+            survey.matches[key] = _dense_mlp(survey, name, module, formulas[0])
+        else:
+            survey.rejected[name] = "an MLP that is the whole model has no place to be replaced in"
+    elif why := _near_miss(linears, formulas):
+        survey.rejected[name] = why
+
+
+def _match_split(survey: _Survey, name: str, parent: nn.Module) -> None:
+    """Record the split form: children ``a = act(up(x))`` and ``b = rest(down(a), ...)`` of one module."""
+    taken = set().union(*survey.matches)
+    singles = []
+    for attribute, child in parent.named_children():
+        linears = [m for m in child.modules() if is_plain_linear(m)]
+        if len(linears) == 1 and linears[0] is not child and id(linears[0]) not in taken:
+            singles.append((attribute, child, linears[0]))
+    found = []
+    for index, (attribute, first, up) in enumerate(singles):
+        if up.out_features < up.in_features or not _nothing_but(first, [up]):
+            continue
+        partners = [
+            (second, down)
+            for _, second, down in singles[index + 1 :]
+            if down.weight.shape == up.weight.t().shape
+        ]
+        activations = match_intermediate(first, up) if partners else []
+        if len(activations) == 1:
+            found += [
+                (attribute, first, Formula(activations[0], up, None, down))
+                for second, down in partners
+                if starts_with(second, down)
+            ]
+    if len(found) > 1:
+        survey.rejected[name] = "several pairs of children look like the two halves of an MLP"
+    elif found and min(found[0][2].up.weight.shape) >= _SMALLEST_WIDTH:
+        attribute, entry, formula = found[0]
+        mlp = _dense_mlp(survey, f"{name}.{attribute}".lstrip("."), entry, formula)
+        mlp.absorbed = list(survey.slots[id(formula.down)])
+        survey.matches[frozenset((id(formula.up), id(formula.down)))] = mlp
+
+
+def _dense_mlp(survey: _Survey, name: str, entry: nn.Module, formula: Formula) -> DenseMLP:
+    return DenseMLP(
+        name=name,
+        up=formula.up,
+        gate=formula.gate,
+        down=formula.down,
+        activation=formula.activation,
+        entry=entry,
+        slots=list(survey.slots[id(entry)]),
+        absorbed=[],
+    )
+
+
+def _nothing_but(module: nn.Module, linears: list[nn.Linear]) -> bool:
+    """Whether ``linears`` are plain and hold every parameter of ``module``."""
+    held = {id(p) for linear in linears for p in linear.parameters()}
+    return all(map(is_plain_linear, linears)) and all(id(p) in held for p in module.parameters())
+
+
+def _has_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is made of two of transformers' transposed linear maps and nothing else."""
+    maps = [child for child in module.modules() if type(child).__name__ == "Conv1D"]
+    weights = [p.shape for child in maps for p in child.parameters() if p.dim() == 2]
+    others = len(list(module.parameters())) - sum(len(list(m.parameters())) for m in maps)
+    return len(weights) == 2 and others == 0 and weights[0] == weights[1][::-1]
+
+
+def _near_miss(linears: list[nn.Linear], formulas: list[Formula]) -> str:
+    """Why linear maps of MLP shape are no MLP; empty when they do not look like one either.
+
+    Square maps are what attention is made of, and narrow ones position biases: both pass without a word.
+    """
+    shapes = [tuple(linear.weight.shape) for linear in linears]
+    if len(formulas) > 1:
+        names = ", ".join(sorted({formula.activation for formula in formulas}))
+        return f"its output fits several activations ({names})"
+    if min(min(shape) for shape in shapes) < _SMALLEST_WIDTH:
+        return ""
+    up, down = max(shapes), min(shapes)
+    if len(shapes) == 2 and up == (2 * down[1], down[0]):
+        return f"a fused gate and up projection {list(up)} is not supported"
+    if up[0] > up[1] and all(shape in (up, up[::-1]) for shape in shapes) and up[::-1] in shapes:
+        return "its output fits none of the supported activations, or it does more than an MLP"
+    return ""
+
+
+def _without_experts(model: nn.Module, mlps: list[DenseMLP], survey: _Survey) -> list[DenseMLP]:
+    """Drop the items of an expert list: a router ``[experts, d]`` lives beside the list."""
+    kept = []
+    for mlp in mlps:
+        container_name, _, _ = mlp.name.rpartition(".")
+        container = model.get_submodule(container_name)
+        owner = model.get_submodule(container_name.rpartition(".")[0])
+        experts = {id(p) for p in container.parameters()}
+        routers = [
+            p
+            for p in owner.parameters()
+            if id(p) not in experts and tuple(p.shape) == (len(container._modules), mlp.width)
+        ]
+        if isinstance(container, nn.ModuleList | nn.ModuleDict) and routers:
+            survey.rejected[container_name] = "experts behind a router are not supported"
+        else:
+            kept.append(mlp)
+    return kept
+
+
+def _without_heads(model: nn.Module, mlps: list[DenseMLP], survey: _Survey) -> list[DenseMLP]:
+    """Drop MLPs beside the stack of blocks, if there is a stack: they belong to heads."""
+    stacked = [mlp for mlp in mlps if re.search(r"(^|\.)\d+(\.|$)", mlp.name)]
+    if not stacked:
+        return mlps
+    for mlp in mlps:
+        if mlp not in stacked:
+            survey.rejected[mlp.name] = "it stands outside the stack of blocks, in a head"
+    return stacked
+
+
+def _merge_shared(model: nn.Module, mlps: list[DenseMLP]) -> list[DenseMLP]:
+    """Join MLPs of equal parameters; refuse any other sharing, which a replacement would break."""
+    users: dict[int, set[str]] = defaultdict(set)
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)].add(name)
+    names_of = defaultdict(set)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of[id(module)].add(name)
+    merged: dict[tuple, DenseMLP] = {}
+    for mlp in mlps:
+        key = _parameter_key(mlp)
+        if key in merged:
+            merged[key].slots += mlp.slots
+            merged[key].absorbed += mlp.absorbed
+        else:
+            merged[key] = mlp
+    allowed: dict[tuple, set[str]] = defaultdict(set)
+    for mlp in mlps:
+        for linear in mlp.linears().values():
+            allowed[_parameter_key(mlp)] |= names_of[id(linear)]
+    for key, mlp in merged.items():
+        for linear in mlp.linears().values():
+            for parameter in linear.parameters():
+                if others := sorted(users[id(parameter)] - allowed[key]):
+                    raise SurgeryError(
+                        f"{mlp.name}: shares a parameter with {', '.join(others)}, but not all of them; "
+                        "untie it first (give each module its own copy) or share whole MLPs"
+                    )
+    return list(merged.values())
+
+
+def _parameter_key(mlp: DenseMLP) -> tuple:
+    return (
+        mlp.activation,
+        *((role, id(m.weight), id(m.bias)) for role, m in mlp.linears().items()),
+    )
