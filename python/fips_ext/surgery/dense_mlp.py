@@ -32,7 +32,7 @@ class Slot(NamedTuple):
         self.parent.register_module(self.attribute, module)
 
 
-@dataclass
+@dataclass(eq=False)
 class DenseMLP:
     """One MLP, ``y = down(act(up(x)))`` or ``y = down(act(gate(x)) ⊙ up(x))``.
 

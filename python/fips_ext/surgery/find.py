@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 
 # Below the smallest block edge there is nothing to factor; relative-position MLPs live there.
 _SMALLEST_WIDTH = 16
+_REPORTED = 4
 _ADVICE = (
     "expected modules with linear maps [n, d], [d, n] (plain) or [n, d], [n, d], [d, n] (gated), n ≥ d ≥ "
     f"{_SMALLEST_WIDTH}, and an activation of fips_ext.reference.ACTIVATIONS between them"
@@ -60,10 +61,11 @@ def find_mlps(model: nn.Module) -> list[DenseMLP]:
     mlps = _without_heads(model, mlps, survey)
     mlps = _merge_shared(model, mlps)
     if not mlps:
-        seen = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in survey.rejected.items())
+        seen = [f"{name or 'the model itself'}: {why}" for name, why in survey.rejected.items()]
+        more = f"; and {len(seen) - _REPORTED} more" if len(seen) > _REPORTED else ""
         raise SurgeryError(
             f"model: found no MLP in {type(model).__name__}; {_ADVICE}. "
-            + (f"Looked at: {seen}" if seen else "Nothing came close")
+            f"What came closest: {'; '.join(seen[:_REPORTED]) or 'nothing'}{more}"
         )
     for name, why in survey.rejected.items():
         _log.warning("%s is left dense: %s", name, why)
@@ -176,17 +178,17 @@ def _without_experts(model: nn.Module, mlps: list[DenseMLP], survey: _Survey) ->
         container_name, _, _ = mlp.name.rpartition(".")
         container = model.get_submodule(container_name)
         owner = model.get_submodule(container_name.rpartition(".")[0])
-        experts = {id(p) for p in container.parameters()}
-        routers = [
-            p
-            for p in owner.parameters()
-            if id(p) not in experts and tuple(p.shape) == (len(container._modules), mlp.width)
-        ]
-        if isinstance(container, nn.ModuleList | nn.ModuleDict) and routers:
+        if isinstance(container, nn.ModuleList | nn.ModuleDict) and _has_router(owner, container, mlp):
             survey.rejected[container_name] = "experts behind a router are not supported"
         else:
             kept.append(mlp)
     return kept
+
+
+def _has_router(owner: nn.Module, container: nn.Module, mlp: DenseMLP) -> bool:
+    experts = {id(p) for p in container.parameters()}
+    router = (len(container._modules), mlp.width)
+    return any(tuple(p.shape) == router and id(p) not in experts for p in owner.parameters())
 
 
 def _without_heads(model: nn.Module, mlps: list[DenseMLP], survey: _Survey) -> list[DenseMLP]:
@@ -194,42 +196,34 @@ def _without_heads(model: nn.Module, mlps: list[DenseMLP], survey: _Survey) -> l
     stacked = [mlp for mlp in mlps if re.search(r"(^|\.)\d+(\.|$)", mlp.name)]
     if not stacked:
         return mlps
-    for mlp in mlps:
-        if mlp not in stacked:
-            survey.rejected[mlp.name] = "it stands outside the stack of blocks, in a head"
+    for name in {mlp.name for mlp in mlps} - {mlp.name for mlp in stacked}:
+        survey.rejected[name] = "it stands outside the stack of blocks, in a head"
     return stacked
 
 
 def _merge_shared(model: nn.Module, mlps: list[DenseMLP]) -> list[DenseMLP]:
     """Join MLPs of equal parameters; refuse any other sharing, which a replacement would break."""
-    users: dict[int, set[str]] = defaultdict(set)
-    for name, module in model.named_modules(remove_duplicate=False):
+    holders: dict[int, dict[int, str]] = defaultdict(dict)
+    for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            users[id(parameter)].add(name)
-    names_of = defaultdict(set)
-    for name, module in model.named_modules(remove_duplicate=False):
-        names_of[id(module)].add(name)
-    merged: dict[tuple, DenseMLP] = {}
+            holders[id(parameter)][id(module)] = name
+    sharing: dict[tuple, list[DenseMLP]] = defaultdict(list)
     for mlp in mlps:
-        key = _parameter_key(mlp)
-        if key in merged:
-            merged[key].slots += mlp.slots
-            merged[key].absorbed += mlp.absorbed
-        else:
-            merged[key] = mlp
-    allowed: dict[tuple, set[str]] = defaultdict(set)
-    for mlp in mlps:
-        for linear in mlp.linears().values():
-            allowed[_parameter_key(mlp)] |= names_of[id(linear)]
-    for key, mlp in merged.items():
-        for linear in mlp.linears().values():
-            for parameter in linear.parameters():
-                if others := sorted(users[id(parameter)] - allowed[key]):
-                    raise SurgeryError(
-                        f"{mlp.name}: shares a parameter with {', '.join(others)}, but not all of them; "
-                        "untie it first (give each module its own copy) or share whole MLPs"
-                    )
-    return list(merged.values())
+        sharing[_parameter_key(mlp)].append(mlp)
+    for first, *others in sharing.values():
+        linears = [m for mlp in (first, *others) for m in mlp.linears().values()]
+        expected = set(map(id, linears))
+        for parameter in (p for linear in linears for p in linear.parameters()):
+            outside = [n for key, n in holders[id(parameter)].items() if key not in expected]
+            if outside:
+                raise SurgeryError(
+                    f"{first.name}: shares a parameter with {', '.join(outside)}, which is not an MLP of "
+                    "the same weights; share whole MLPs, or give each module its own copy"
+                )
+        for other in others:
+            first.slots += other.slots
+            first.absorbed += other.absorbed
+    return [first for first, *_ in sharing.values()]
 
 
 def _parameter_key(mlp: DenseMLP) -> tuple:

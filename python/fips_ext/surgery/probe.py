@@ -108,11 +108,7 @@ def _match_roles(module: nn.Module, others: list[nn.Linear], down: nn.Linear) ->
     y = _run(_copy_with(module, stand_ins), x)
     if len(others) == 1:
         up, up_ = others[0], others_[0]
-        return [
-            Formula(name, up, None, down)
-            for name, act in _nonlinear()
-            if _equal(y, down_(act(up_(x))))
-        ]
+        return [Formula(name, up, None, down) for name, act in _nonlinear() if _equal(y, down_(act(up_(x))))]
     found = []
     for name, act in ACTIVATIONS.items():
         # Without an activation gate and up are interchangeable: one order stands for both.
