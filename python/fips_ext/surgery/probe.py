@@ -159,7 +159,7 @@ def _copy_with(module: nn.Module, stand_ins: dict[nn.Linear, nn.Module]) -> nn.M
                 memo[id(parameter)] = nn.Parameter(ones)
     try:
         return copy.deepcopy(module, memo).to("cpu", torch.float64).eval()
-    except Exception:  # noqa: BLE001 - whatever a foreign module raises, it is not a known MLP
+    except Exception:  # whatever a foreign module raises, it is not a known MLP
         return None
 
 
@@ -171,7 +171,7 @@ def _run(module: nn.Module | None, *inputs: Tensor) -> Tensor | None:
     try:
         with torch.random.fork_rng(devices=[]):
             output = module(*inputs)
-    except Exception:  # noqa: BLE001 - see _copy_with
+    except Exception:  # see _copy_with
         return None
     return output if isinstance(output, Tensor) else None
 
