@@ -1,7 +1,8 @@
 """Perplexity of a causal language model, by one fixed protocol.
 
-Token level, windows without overlap, every token but the first of each window scored, log-softmax in float32. The
-interval is a bootstrap over windows: it says how much the choice of text matters, not how good the model is.
+Token level, windows without overlap, every token but the first of each window scored, log-softmax
+in float32. The interval is a bootstrap over windows: it says how much the choice of text matters,
+not how good the model is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CONTEXT = 512
 _BOOTSTRAP_SAMPLES = 1000
 _BOOTSTRAP_SEED = 0
 _CONFIDENCE = 0.95
-# Rows of logits brought to float32 at a time: 128 × 256k entries (the largest vocabularies) are 128 MiB.
+# Rows of logits brought to float32 at a time: with the largest vocabularies (256k) 128 MiB.
 _ROWS_PER_CHUNK = 128
 
 
@@ -59,7 +60,8 @@ def perplexity(
         progress: called with (windows done, N) after every window.
 
     Raises:
-        InvalidArgument: windows of a wrong shape, longer than the model's context, or outside its vocabulary.
+        InvalidArgument: windows of a wrong shape, longer than the model's context, or outside its
+            vocabulary.
         NumericalError: the model returned NaN or Inf for a window.
     """
     _check_windows(model, windows)
@@ -133,11 +135,12 @@ def _check_windows(model: nn.Module, windows: Tensor) -> None:
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise InvalidArgument(
-            f"windows: {length} tokens long, but the model reads at most {longest}; use a shorter context"
+            f"windows: {length} tokens long, but the model reads at most {longest}; "
+            "use a shorter context"
         )
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and not 0 <= int(windows.min()) <= int(windows.max()) < vocabulary:
         raise InvalidArgument(
-            f"windows: token ids in [{int(windows.min())}, {int(windows.max())}], but the model's vocabulary "
-            f"has {vocabulary}; use the tokenizer that belongs to the model"
+            f"windows: token ids in [{int(windows.min())}, {int(windows.max())}], but the model's "
+            f"vocabulary has {vocabulary}; use the tokenizer that belongs to the model"
         )

@@ -15,8 +15,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CHECKPOINT_FILE = "fips.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _ALLOWED = (
-    "a folder saved by transformers (config.json and weights), a .gguf file of the Llama architecture, "
-    f"a checkpoint folder of fips (fips.json), or '{DEMO}'"
+    "a folder saved by transformers (config.json and weights), a .gguf file of the Llama "
+    f"architecture, a checkpoint folder of fips (fips.json), or '{DEMO}'"
 )
 
 
@@ -26,7 +26,7 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        spec: a transformers folder, a ``.gguf`` file, a fips checkpoint folder, or ``demo:smollm2``.
+        spec: a transformers folder, a ``.gguf`` file, a fips checkpoint folder, ``demo:smollm2``.
         dtype: of the weights; None keeps that of the file (float32 for GGUF).
         device: where the model goes, for example ``cpu`` or ``cuda``.
 
@@ -105,7 +105,8 @@ def _load_transformers(folder: Path, dtype: torch.dtype | None) -> nn.Module:
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: transformers cannot load it as a causal language model ({_first_line(error)})"
+            f"{folder}: transformers cannot load it as a causal language model "
+            f"({_first_line(error)})"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Speed of a causal language model: decode and prefill tokens per second, alone or against a dense one."""
+"""Speed of a causal language model: decode and prefill tokens per second, alone or in a pair."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Comparison:
 
     Attributes:
         dense, compressed: the medians of each.
-        decode_ratio, prefill_ratio: compressed over dense, the median over pairs of neighbouring runs: above 1 the
-            compressed model is faster.
+        decode_ratio, prefill_ratio: compressed over dense, the median over pairs of neighbouring
+            runs; above 1 the compressed model is faster.
     """
 
     dense: Throughput
@@ -79,7 +79,7 @@ def measure(model: nn.Module, workload: Workload | None = None) -> Throughput:
 def compare(
     dense: nn.Module, compressed: nn.Module, workload: Workload | None = None
 ) -> Comparison:
-    """Time two models in alternation, so that a machine that slows down or heats up hits both alike."""
+    """Time two models in alternation, so that a machine that slows down hits both alike."""
     workload = workload or Workload()
     pairs = [
         (_run(dense, workload), _run(compressed, workload))
@@ -97,7 +97,8 @@ def generate_text(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens:
     """The greedy continuation of ``prompt``, without the prompt.
 
     Raises:
-        InvalidArgument: an empty prompt, no tokenizer, no token to generate, or no room in the model's context.
+        InvalidArgument: an empty prompt, no tokenizer, no token to generate, or no room in the
+            model's context.
     """
     if tokenizer is None:
         raise InvalidArgument(
@@ -113,8 +114,8 @@ def generate_text(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and length + max_new_tokens > longest:
         raise InvalidArgument(
-            f"prompt: {length} tokens and {max_new_tokens} new ones exceed the {longest} that the model reads; "
-            "shorten it"
+            f"prompt: {length} tokens and {max_new_tokens} new ones exceed the {longest} that the "
+            "model reads; shorten it"
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():

@@ -1,6 +1,7 @@
 """Llama models from GGUF files: the weights dequantised into a fresh ``LlamaForCausalLM``.
 
-A quantised file stays what it is after dequantisation: perplexities are relative to the dequantised model.
+A quantised file stays what it is after dequantisation: perplexities are relative to the
+dequantised model.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> tuple[torch
     """Read a GGUF file of the Llama architecture.
 
     Args:
-        path: the ``.gguf`` file. Tokenizer files beside it are preferred to the tokenizer inside it.
+        path: the ``.gguf`` file. Tokenizer files beside it are preferred to the tokenizer inside.
         dtype: of the weights; default float32.
 
     Returns:
@@ -74,8 +75,8 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> tuple[torch
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise InvalidArgument(
-            f"model: {path} has the architecture {architecture!r}; GGUF files of {ARCHITECTURES} are "
-            "supported; for another one give a transformers folder"
+            f"model: {path} has the architecture {architecture!r}; GGUF files of {ARCHITECTURES} "
+            "are supported; for another one give a transformers folder"
         )
     model = _build(metadata, reader, dtype or torch.float32)
     return model, _tokenizer(path, has_own="tokenizer.ggml.tokens" in reader.fields)
@@ -101,8 +102,8 @@ class _Metadata:
             )
         if not isinstance(value, int | float):
             raise CheckpointError(
-                f"{self.path}: the GGUF key {key!r} differs between layers, which is not supported; "
-                "give a transformers folder"
+                f"{self.path}: the GGUF key {key!r} differs between layers, which is not "
+                "supported; give a transformers folder"
             )
         return value
 
@@ -149,8 +150,8 @@ def _build(metadata: _Metadata, reader: Any, dtype: torch.dtype) -> torch.nn.Mod
         if parameter is None or parameter.shape != value.shape:
             expected = "no such tensor" if parameter is None else tuple(parameter.shape)
             raise CheckpointError(
-                f"{metadata.path}: tensor {name!r} has shape {tuple(value.shape)}, but its metadata asks "
-                f"for {expected}; convert the model again"
+                f"{metadata.path}: tensor {name!r} has shape {tuple(value.shape)}, but its "
+                f"metadata asks for {expected}; convert the model again"
             )
         if suffix in heads:
             value = _unpermute(value, heads[suffix])
@@ -159,8 +160,8 @@ def _build(metadata: _Metadata, reader: Any, dtype: torch.dtype) -> torch.nn.Mod
         missing.discard(target)
     if missing:
         raise CheckpointError(
-            f"{metadata.path}: {len(missing)} tensors are missing, among them {sorted(missing)[0]!r}; "
-            "download or convert the model again"
+            f"{metadata.path}: {len(missing)} tensors are missing, among them "
+            f"{sorted(missing)[0]!r}; download or convert the model again"
         )
     return model
 
@@ -172,12 +173,13 @@ def _config(metadata: _Metadata, tensors: dict[str, Any]) -> Any:
     scaling = metadata.get("llama.rope.scaling.type", "none")
     if "rope_freqs.weight" in tensors or scaling != "none":
         raise InvalidArgument(
-            f"model: {metadata.path} scales its rotary frequencies (as Llama 3.1 does), which is not read "
-            "from GGUF; give a transformers folder"
+            f"model: {metadata.path} scales its rotary frequencies (as Llama 3.1 does), which is not "
+            "read from GGUF; give a transformers folder"
         )
     if metadata.get("llama.expert_count", 0):
         raise InvalidArgument(
-            f"model: {metadata.path} is a mixture of experts, which is not supported; give a dense model"
+            f"model: {metadata.path} is a mixture of experts, which is not supported; "
+            "give a dense model"
         )
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{metadata.path}: tensor 'token_embd.weight' is missing")

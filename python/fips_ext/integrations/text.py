@@ -1,7 +1,8 @@
 """Text for calibration and evaluation: plain files, and the Wikipedia extract that gensim ships.
 
-The clean-up of the extract is frozen: the same file gives the same characters on every machine, so perplexities
-measured on it stay comparable. A change of any rule below needs a new :data:`CLEANUP_VERSION`.
+The clean-up of the extract is frozen: the same file gives the same characters on every machine, so
+perplexities measured on it stay comparable. A change of any rule below needs a new
+:data:`CLEANUP_VERSION`.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def token_windows(text: str, tokenizer: Any, length: int, limit: int | None = No
 
     Args:
         text: tokenised as one sequence without special tokens.
-        tokenizer: a transformers tokenizer. If it starts every sequence with a BOS token by default, so does
-            every window.
+        tokenizer: a transformers tokenizer. If it starts every sequence with a BOS token by
+            default, so does every window.
         length: tokens per window, at least 2 (the first token of a window is never scored).
         limit: at most this many windows; None takes all.
 
