@@ -24,6 +24,11 @@ def load() -> None:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         _load_error = f"{found[0].name} does not load with torch {torch.__version__}: {error}"
+        return
+    from . import _autocast, _autograd, _fake
+
+    for rules in (_fake, _autograd, _autocast):
+        rules.register()
 
 
 def available() -> bool:

@@ -200,10 +200,7 @@ def _config(metadata: _Metadata, tensors: dict[str, Any]) -> Any:
         head_dim=metadata.number("llama.attention.key_length", head_dim),
         max_position_embeddings=metadata.number("llama.context_length"),
         rms_norm_eps=metadata.number("llama.attention.layer_norm_rms_epsilon"),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": metadata.number("llama.rope.freq_base", 10000.0),
-        },
+        rope_theta=metadata.number("llama.rope.freq_base", 10000.0),
         tie_word_embeddings="output.weight" not in tensors,
         **tokens,
     )

@@ -23,9 +23,11 @@ from ..errors import InvalidArgument
 
 CLEANUP_VERSION = 1
 CALIBRATION_SHARE = 0.8
+CALIBRATION_CONTEXT = 512
 MIN_ARTICLE = 2000
 MIN_LINE = 80
 
+_CALIBRATION_BATCH = 4
 _EXTRACT = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _INSTALL = "pip install --no-deps gensim==4.4.0"
 
@@ -149,6 +151,20 @@ def token_windows(text: str, tokenizer: Any, length: int, limit: int | None = No
         count = min(count, limit)
     body = torch.tensor(ids[: count * stride], dtype=torch.int64).view(count, stride)
     return torch.cat([start.expand(count, -1), body], dim=1)
+
+
+def calibration_windows(text: str, tokenizer: Any, tokens: int) -> list[Tensor]:
+    """Model inputs that hold about ``tokens`` tokens of ``text``, spread evenly over it.
+
+    Neighbouring windows speak of one subject; a spread sample sees more of the language for the same cost.
+
+    Returns:
+        int64 ``[B, T]`` batches; fewer tokens than asked where the text is shorter.
+    """
+    windows = token_windows(text, tokenizer, CALIBRATION_CONTEXT)
+    wanted = min(len(windows), -(-tokens // CALIBRATION_CONTEXT))
+    chosen = torch.arange(wanted) * len(windows) // wanted
+    return list(windows[chosen].split(_CALIBRATION_BATCH))
 
 
 def _start_token(tokenizer: Any) -> Tensor:

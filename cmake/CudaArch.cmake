@@ -1,0 +1,1 @@
+set(FIPS_CUDA OFF)

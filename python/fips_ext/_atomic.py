@@ -1,0 +1,56 @@
+"""Writing a directory so that a reader sees the old one or the new one, whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replaced_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty directory beside ``target``; on success it becomes ``target``, on any error it goes.
+
+    Everything is on the disk before the old directory is touched. POSIX has no call that swaps two
+    directories, so a crash between the two renames leaves the old one, complete, as ``.<name>.old-<id>``.
+    """
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    suffix = secrets.token_hex(4)
+    new = target.with_name(f".{target.name}.new-{suffix}")
+    old = target.with_name(f".{target.name}.old-{suffix}")
+    new.mkdir()
+    try:
+        yield new
+        _flush(new)
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+        _flush_one(target.parent)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(directory: Path) -> None:
+    """Force ``directory`` and all in it to the disk."""
+    for path in directory.rglob("*"):
+        _flush_one(path)
+    _flush_one(directory)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,42 @@
+"""Autocast: the products run in the autocast dtype, like ``torch.nn.functional.linear``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CAST = ("block_sparse_mm", "block_sparse_sddmm", "shared_mlp", "reconstruction_loss")
+_library: torch.library.Library | None = None
+
+
+def _cast(argument, dtype: torch.dtype):
+    """Cast floating tensors (float64 stays: nobody lowers it by accident), also inside a slice."""
+    if isinstance(argument, Tensor):
+        wanted = argument.is_floating_point() and argument.dtype != torch.float64
+        return argument.to(dtype) if wanted else argument
+    if isinstance(argument, list | tuple):
+        return [_cast(item, dtype) for item in argument]
+    return argument
+
+
+def _kernel(op, device_type: str, key: torch._C.DispatchKey):
+    def autocast(_keyset, *args, **kwargs):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return op(
+                *[_cast(argument, dtype) for argument in args],
+                **{name: _cast(argument, dtype) for name, argument in kwargs.items()},
+            )
+
+    return autocast
+
+
+def register() -> None:
+    """Register the rules on ``torch.ops.fips`` for the CPU and CUDA."""
+    global _library
+    _library = torch.library.Library("fips", "IMPL")
+    for name in _CAST:
+        op = getattr(torch.ops.fips, name).default
+        for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            kernel = _kernel(op, device_type, getattr(torch._C.DispatchKey, key))
+            _library.impl(name, kernel, key, with_keyset=True)

@@ -1,0 +1,226 @@
+"""The structure of a compressed model as JSON, and the empty model it describes.
+
+``fips.json`` holds what the tensors cannot say: which modules are a ``SharedMLP``, who owns its bases, the
+sizes of each slice, which linear maps were absorbed and which tensors are one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError, InvalidArgument
+from .nn import SharedBase, SharedMLP, SparseFactor
+from .surgery import AbsorbedLinear
+
+Json = dict[str, Any]
+SECTIONS = {
+    "mlps": list,
+    "absorbed": list,
+    "tied": dict,
+    "buffer_dtypes": dict,
+    "block_linear_bytes": int,
+}
+
+
+def describe(model: nn.Module) -> Json:
+    """The structure of ``model``.
+
+    Raises:
+        CheckpointError: it has no ``SharedMLP``, or one whose bases belong to no ``SharedMLP`` of the model.
+    """
+    paths: dict[SharedMLP, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SharedMLP):
+            paths.setdefault(module, []).append(path)
+    if not paths:
+        raise CheckpointError(
+            f"model: {type(model).__name__} has no SharedMLP; compress it first, or save a dense model with "
+            "its own save_pretrained"
+        )
+    owners = {(id(m.base), id(m.base_out)): places[0] for m, places in paths.items() if m.owns_base}
+    mlps = []
+    for mlp, places in paths.items():
+        owner = owners.get((id(mlp.base), id(mlp.base_out)))
+        if owner is None:
+            raise CheckpointError(
+                f"model: the bases of {places[0]} belong to no SharedMLP of this model; save the whole "
+                "model, with the layer that owns them"
+            )
+        mlps.append(_describe_mlp(mlp, places, owner))
+    return {
+        "mlps": mlps,
+        "absorbed": _paths_of(model, AbsorbedLinear),
+        "tied": tied_names(model),
+        "buffer_dtypes": _unsaved_buffer_dtypes(model),
+        "block_linear_bytes": _block_linear_bytes(model, [p[0] for p in paths.values()]),
+    }
+
+
+def rebuild(model: nn.Module, structure: Json) -> None:
+    """Put empty ``SharedMLP`` modules (on the meta device) into a dense ``model``, in place.
+
+    Raises:
+        CheckpointError: the structure is malformed or does not fit the model.
+    """
+    built: dict[str, SharedMLP] = {}
+    try:
+        # Owners first: the others need their bases.
+        for entry in sorted(structure["mlps"], key=lambda e: e["paths"][0] != e["base_owner"]):
+            owner = built.get(entry["base_owner"])
+            if owner is None and entry["paths"][0] != entry["base_owner"]:
+                raise CheckpointError(
+                    f"fips.json: {entry['paths'][0]} names {entry['base_owner']} as the owner of its bases, "
+                    "which owns none; the file was edited or is damaged, save the model again"
+                )
+            mlp = _empty_mlp(entry, owner)
+            built[entry["paths"][0]] = mlp
+            for path in entry["paths"]:
+                _replace(model, path, mlp)
+        for path in structure["absorbed"]:
+            _replace(model, path, AbsorbedLinear())
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, InvalidArgument) as error:
+        raise CheckpointError(
+            f"fips.json: does not describe this model ({type(error).__name__}: {error}); it was edited, or "
+            "config.json or model= is of another model"
+        ) from error
+
+
+def retie(model: nn.Module, structure: Json) -> None:
+    """Make tensors one again that were one when the model was saved."""
+    for alias, kept in structure["tied"].items():
+        parent, _, name = alias.rpartition(".")
+        kept_parent, _, kept_name = kept.rpartition(".")
+        source = model.get_submodule(kept_parent)
+        target = model.get_submodule(parent)
+        if kept_name in source._parameters:
+            target._parameters[name] = source._parameters[kept_name]
+        else:
+            target._buffers[name] = source._buffers[kept_name]
+
+
+def restore_buffer_dtypes(model: nn.Module, structure: Json) -> None:
+    """Cast buffers outside the ``state_dict`` as they were; a rebuilt model has them in full precision."""
+    buffers = dict(model.named_buffers())
+    for name, dtype in structure["buffer_dtypes"].items():
+        if name in buffers:
+            wanted = getattr(torch, str(dtype), None)
+            if not isinstance(wanted, torch.dtype):
+                raise CheckpointError(f"fips.json: {dtype!r}, the dtype of {name}, is none of torch's")
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent)._buffers[leaf] = buffers[name].to(wanted)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """``state_dict`` names of tensors that repeat an earlier one, each with the first name."""
+    first: dict[tuple, str] = {}
+    tied = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"model: {name} is a {type(tensor).__name__}, and only tensors can be saved; "
+                "remove that state"
+            )
+        kept = first.setdefault(_identity(tensor), name)
+        if kept != name:
+            tied[name] = kept
+    return tied
+
+
+def _identity(tensor: Tensor) -> tuple:
+    """Equal for tensors over the same memory; empty tensors have none, so they stand for themselves."""
+    if tensor.numel() == 0:
+        return (id(tensor),)
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _describe_mlp(mlp: SharedMLP, places: list[str], owner: str) -> Json:
+    biases = {"up": mlp.up_bias, "gate": mlp.gate_bias, "down": mlp.down_bias}
+    return {
+        "paths": places,
+        "base_owner": owner,
+        "width": mlp.width,
+        "hidden": mlp.hidden,
+        "identity": mlp.base.identity,
+        "rank": mlp.base.rank,
+        "rank_out": None if mlp.base_out is None else mlp.base_out.rank,
+        "activation": mlp.activation,
+        "biases": [role for role, bias in biases.items() if bias is not None],
+        "slices": {role: _describe_factor(factor) for role, factor in mlp.factors().items()},
+    }
+
+
+def _describe_factor(factor: SparseFactor) -> Json:
+    layout = factor.slice()
+    return {
+        "rows": layout.rows,
+        "cols": layout.cols,
+        "block": list(layout.block),
+        "encoding": layout.encoding,
+        "num_blocks": layout.num_blocks,
+        "num_values": layout.values.numel(),
+    }
+
+
+def _empty_mlp(entry: Json, owner: SharedMLP | None) -> SharedMLP:
+    width, hidden = entry["width"], entry["hidden"]
+    if any(sizes["cols"] != hidden for sizes in entry["slices"].values()):
+        raise InvalidArgument(f"slices of {entry['paths'][0]}: cols is not the hidden width {hidden}")
+    with torch.device("meta"):
+        slices = {
+            role: SparseFactor.empty(**{**sizes, "block": tuple(sizes["block"])})
+            for role, sizes in entry["slices"].items()
+        }
+        sizes = {"up": hidden, "gate": hidden, "down": width}
+        biases = {f"{role}_bias": torch.empty(sizes[role]) for role in entry["biases"]}
+        if owner is None:
+            base = SharedBase.empty(width, entry["rank"], entry["identity"])
+            rank_out = entry["rank_out"]
+            base_out = None if rank_out is None else SharedBase.empty(width, rank_out, entry["identity"])
+        else:
+            base, base_out = owner.base, owner.base_out
+        return SharedMLP(
+            base,
+            base_out=base_out,
+            up=slices["up"],
+            gate=slices.get("gate"),
+            down=slices["down"],
+            activation=entry["activation"],
+            owns_base=owner is None,
+            **biases,
+        )
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    model.get_submodule(path)  # raises AttributeError that names what is missing
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent).register_module(name, module)
+
+
+def _paths_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    named = model.named_modules(remove_duplicate=False)
+    return [path for path, module in named if isinstance(module, kind)]
+
+
+def _unsaved_buffer_dtypes(model: nn.Module) -> dict[str, str]:
+    saved = model.state_dict()
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.is_floating_point()
+    }
+
+
+def _block_linear_bytes(model: nn.Module, mlp_paths: list[str]) -> int:
+    """Bytes of the linear maps left dense in the blocks that hold a ``SharedMLP`` (attention)."""
+    blocks = [match[0] for path in mlp_paths if (match := re.match(r".*?\b\d+\.", path))]
+    parameters = {
+        id(p): p.numel() * p.element_size()
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path.startswith(tuple(blocks))
+        for p in module.parameters()
+    }
+    return sum(parameters.values())

@@ -1,0 +1,405 @@
+"""Saving and loading compressed models: ``model.safetensors``, ``config.json`` and ``fips.json``.
+
+The files are described in docs/format.md. Loading never sees the dense weights: the model is built without
+memory, its MLPs are replaced by empty ones of the recorded sizes, and the tensors are put in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ._atomic import replaced_directory
+from ._structure import SECTIONS, Json, describe, rebuild, restore_buffer_dtypes, retie
+from .errors import CheckpointError, InvalidArgument
+from .recipe import Recipe
+
+FORMAT_VERSION = 1
+_WEIGHTS, _STRUCTURE, _CONFIG, _GENERATION = (
+    "model.safetensors",
+    "fips.json",
+    "config.json",
+    "generation_config.json",
+)
+# Names of safetensors' dtypes that a model may hold, by torch's.
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_FLOATING = ("F64", "F32", "BF16", "F16")
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    recipe: Recipe | Json | None = None,
+    report: Any = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a compressed model to ``directory``, all or nothing.
+
+    Args:
+        model: holds at least one ``SharedMLP``. A transformers model is saved with its config, so that
+            :func:`from_pretrained` can build it; any other needs ``from_pretrained(model=...)``.
+        recipe: the ``Recipe`` that made it.
+        report: a JSON-able dict, or an object with ``to_dict()``.
+        tokenizer: anything with ``save_pretrained(directory)``: a tokenizer or an image processor.
+        overwrite: replace a checkpoint that is there; its whole directory goes once the new one is complete.
+
+    Raises:
+        CheckpointError: the directory holds something, the model is not compressed, or writing fails (then
+            what was there is unchanged).
+    """
+    target = Path(directory)
+    _check_target(target, overwrite)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    structure = describe(model)
+    tensors = _tensors_to_save(model, structure["tied"])
+    from . import __version__  # the package imports this module
+
+    document = {
+        "format_version": FORMAT_VERSION,
+        "fips_ext": __version__,
+        "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "recipe": _jsonable("recipe", recipe),
+        "report": _jsonable("report", report),
+        **structure,
+    }
+    text = json.dumps(document, indent=1)
+    try:
+        with replaced_directory(target) as folder:
+            save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+            (folder / _STRUCTURE).write_text(text, encoding="utf-8")
+            _save_config(model, folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(folder))
+    except (OSError, SafetensorError) as error:
+        kept = "; the checkpoint that was there is unchanged" if target.exists() else ""
+        raise CheckpointError(f"{target}: could not be written ({error}){kept}") from error
+
+
+def from_pretrained(
+    directory: str | Path,
+    *,
+    model: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Load a compressed model, in eval mode; the outputs equal those of the saved one bit by bit.
+
+    Args:
+        model: a freshly built dense model of the same architecture, which is changed in place; needed where
+            transformers has no class for it. Its weights do not matter and may be on the meta device.
+        device: where the model goes.
+        dtype: of the floating tensors; None keeps that of the file.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of a newer format, or does not fit the others.
+    """
+    folder = Path(directory)
+    structure = _read_structure(folder)
+    if dtype is not None and not dtype.is_floating_point:
+        raise InvalidArgument(f"dtype: got {dtype}; expected a floating dtype such as torch.bfloat16")
+    if model is None:
+        model = _skeleton(folder, structure)
+    rebuild(model, structure)
+    tensors = _read_tensors(folder / _WEIGHTS, model, structure["tied"], torch.device(device), dtype)
+    try:
+        model.load_state_dict(tensors, strict=True, assign=True)
+    except (InvalidArgument, RuntimeError) as error:
+        raise CheckpointError(f"{folder / _WEIGHTS}: damaged ({error}); copy or save it again") from error
+    retie(model, structure)
+    restore_buffer_dtypes(model, structure)
+    unset = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if unset:
+        raise CheckpointError(
+            f"model: {_some(unset)} are on the meta device and in no checkpoint; build the model so "
+            "that buffers outside the state_dict are real"
+        )
+    return model.to(device).eval()
+
+
+def info(directory: str | Path) -> Json:
+    """What a checkpoint holds, without loading it.
+
+    Returns:
+        ``bytes`` per component (``bases``, ``values``, ``index``, ``masks``, ``biases``, ``other``), their
+        ``total`` and the ``file`` with its header; ``dense_bytes`` and ``ratios`` for ``mlp``, ``block``
+        (every linear map of the blocks) and ``model``; ``recipe``, ``report``, ``mlps`` (how many),
+        ``bases``, ``format_version`` and ``fips_ext`` (the version that wrote it).
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of a newer format.
+    """
+    folder = Path(directory)
+    structure = _read_structure(folder)
+    sizes = _tensor_sizes(folder / _WEIGHTS)
+    sums = dict.fromkeys(("bases", "values", "index", "masks", "biases", "other"), 0)
+    components: dict[str, str] = {}
+    dense = 0
+    try:
+        for entry in structure["mlps"]:
+            names = _component_names(entry)
+            components.update(names)
+            value_bytes = sizes[f"{entry['paths'][0]}.down.values"][1]
+            weights = len(entry["slices"]) * entry["width"] * entry["hidden"]
+            bias_bytes = [sizes[name][0] for name, part in names.items() if part == "biases"]
+            dense += weights * value_bytes + sum(bias_bytes)
+        for name, (size, _) in sizes.items():
+            sums[components.get(name, "other")] += size
+        attention = int(structure["block_linear_bytes"])
+    except (KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(
+            f"{folder}: {_STRUCTURE} and {_WEIGHTS} do not fit ({type(error).__name__}: {error}); "
+            "save it again"
+        ) from error
+    total = sum(sums.values())
+    mlp = total - sums["other"]
+    return {
+        "format_version": structure["format_version"],
+        "fips_ext": structure.get("fips_ext"),
+        "recipe": structure.get("recipe"),
+        "report": structure.get("report"),
+        "mlps": len(structure["mlps"]),
+        "bases": sum(part == "bases" for part in components.values()),
+        "bytes": {**sums, "total": total, "file": (folder / _WEIGHTS).stat().st_size},
+        "dense_bytes": {"mlp": dense, "block": dense + attention, "model": dense + sums["other"]},
+        "ratios": {
+            "mlp": mlp / dense,
+            "block": (mlp + attention) / (dense + attention),
+            "model": total / (dense + sums["other"]),
+        },
+    }
+
+
+# -- writing ----------------------------------------------------------------------------------------
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Refuse to touch anything but nothing, an empty directory, or (asked for) a checkpoint."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / _STRUCTURE).is_file():
+        raise CheckpointError(
+            f"directory: {str(target)!r} holds something that is not a checkpoint of fips_ext and is not "
+            "replaced; choose a new directory"
+        )
+    if not overwrite:
+        raise CheckpointError(
+            f"directory: {str(target)!r} holds a checkpoint; pass overwrite=True to replace it, or choose a "
+            "new directory"
+        )
+
+
+def _tensors_to_save(model: nn.Module, tied: dict[str, str]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"model: {name} is on the meta device and has no content; load the model before saving it"
+            )
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise CheckpointError(
+                f"model: {name} is {tensor.dtype}; allowed are {', '.join(map(str, _DTYPE_NAMES))}"
+            )
+        if name not in tied:
+            # A view into a larger tensor would be written with all of it, or refused.
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            tensors[name] = tensor.contiguous() if whole else tensor.contiguous().clone()
+    return tensors
+
+
+def _jsonable(name: str, value: Any) -> Any:
+    plain = value.to_dict() if hasattr(value, "to_dict") else value
+    try:
+        json.dumps(plain)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(
+            f"{name}: cannot be written as JSON ({error}); pass a dict of plain values, or an "
+            "object with to_dict()"
+        ) from error
+    return plain
+
+
+def _save_config(model: nn.Module, folder: Path) -> None:
+    """The config and generation config of a transformers model; nothing for any other."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "save_pretrained"):
+        return
+    config = copy.deepcopy(config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.quantization_config = {"quant_method": "fips", "format_version": FORMAT_VERSION}
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+# -- reading ----------------------------------------------------------------------------------------
+
+
+def _read_structure(folder: Path) -> Json:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"directory: {str(folder)!r} does not exist; pass a directory that save_pretrained wrote"
+        )
+    for name in (_STRUCTURE, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"directory: {str(folder)!r} has no {name}; it is not a checkpoint of fips_ext, or a copy of "
+                "it is incomplete"
+            )
+    path = folder / _STRUCTURE
+    try:
+        structure = json.loads(path.read_text(encoding="utf-8"))
+        version = structure["format_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: is not the JSON that save_pretrained writes ({type(error).__name__}: {error}); "
+            "copy or save it again"
+        ) from error
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version is {version!r}, and this fips_ext reads up to {FORMAT_VERSION}; "
+            "upgrade fips_ext"
+        )
+    wrong = [key for key, kind in SECTIONS.items() if not isinstance(structure.get(key), kind)]
+    if wrong:
+        raise CheckpointError(f"{path}: {wrong} are missing or malformed; copy or save it again")
+    return structure
+
+
+def _skeleton(folder: Path, structure: Json) -> nn.Module:
+    if not (folder / _CONFIG).is_file():
+        raise CheckpointError(
+            f"directory: {str(folder)!r} has no {_CONFIG}, so {structure.get('model_class')} cannot be "
+            "built; build it and pass it as model="
+        )
+    from transformers import AutoConfig, GenerationConfig
+
+    from .integrations.transformers import empty_model
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder / _CONFIG}: transformers cannot read it ({error}); copy or save it again"
+        ) from error
+    # The dense class is built; its MLPs are replaced by what fips.json says.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = empty_model(config)
+    if (folder / _GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    return model
+
+
+def _read_tensors(
+    path: Path,
+    model: nn.Module,
+    tied: dict[str, str],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """The tensors of the file under every ``state_dict`` name of ``model``, checked against it first."""
+    expected = model.state_dict()
+    if stray := [name for pair in tied.items() for name in pair if name not in expected]:
+        raise CheckpointError(f"fips.json: the tied tensors {_some(stray)} are not in the model")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            _check_names(path, set(expected) - set(tied), set(stored))
+            for name, header in stored.items():
+                _check_tensor(path, name, header, expected[name])
+            tensors = {}
+            for name in stored:
+                tensor = file.get_tensor(name)
+                cast = dtype if tensor.is_floating_point() else None
+                # A copy: the file maps tensors at any address, while kernels like (and the last bits of a
+                # matrix product depend on) the alignment of the allocator.
+                tensors[name] = tensor.to(device=device, dtype=cast or tensor.dtype, copy=True)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+    return {name: tensors[tied.get(name, name)] for name in expected}
+
+
+def _check_names(path: Path, expected: set[str], stored: set[str]) -> None:
+    if expected == stored:
+        return
+    missing, unexpected = sorted(expected - stored), sorted(stored - expected)
+    raise CheckpointError(
+        f"{path}: does not fit the model: missing {_some(missing)}, unexpected {_some(unexpected)}; "
+        "config.json, fips.json and the weights must come from the same save"
+    )
+
+
+def _check_tensor(path: Path, name: str, header: Any, expected: Tensor) -> None:
+    shape, stored = list(header.get_shape()), header.get_dtype()
+    wanted = list(expected.shape)
+    fits = stored in _FLOATING if expected.is_floating_point() else stored == _DTYPE_NAMES.get(expected.dtype)
+    if shape != wanted or not fits:
+        raise CheckpointError(
+            f"{path}: {name} is {stored} {shape}, but fips.json and config.json say {expected.dtype} "
+            f"{wanted}; the files must come from the same save"
+        )
+
+
+def _tensor_sizes(path: Path) -> dict[str, tuple[int, int]]:
+    """Bytes of each tensor and of one of its elements, from the header alone."""
+    item_bytes = {name: dtype.itemsize for dtype, name in _DTYPE_NAMES.items()}
+    sizes = {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                header = file.get_slice(name)
+                item = item_bytes[header.get_dtype()]
+                count = 1
+                for edge in header.get_shape():
+                    count *= edge
+                sizes[name] = (count * item, item)
+    except (SafetensorError, OSError, KeyError) as error:
+        raise _unreadable(path, error) from error
+    return sizes
+
+
+def _component_names(entry: Json) -> dict[str, str]:
+    """Component of each tensor name that one entry of ``fips.json`` stands for."""
+    path = entry["paths"][0]
+    names = {f"{path}.{role}_bias": "biases" for role in entry["biases"]}
+    if path == entry["base_owner"]:
+        names[f"{path}.base.weight"] = "bases"
+        if entry["rank_out"] is not None:
+            names[f"{path}.base_out.weight"] = "bases"
+    for role, sizes in entry["slices"].items():
+        names[f"{path}.{role}.values"] = "values"
+        names[f"{path}.{role}.col_ptr"] = names[f"{path}.{role}.row_idx"] = "index"
+        if sizes["encoding"] == "bitmap":
+            names[f"{path}.{role}.mask"] = "masks"
+    return names
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: truncated or damaged ({error}); copy or save it again")
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    """The first few of ``names``."""
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,83 @@
+"""Models of Hugging Face transformers: which class a config names, empty skeletons, dense folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def model_class(config: PretrainedConfig) -> type[nn.Module]:
+    """The class that ``config.architectures`` names.
+
+    Raises:
+        CheckpointError: it names none, or one that the installed transformers does not have.
+    """
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    found = getattr(transformers, names[0], None) if names else None
+    if not isinstance(found, type):
+        raise CheckpointError(
+            f"config.json: architectures is {names}, which is no class of transformers "
+            f"{transformers.__version__}; install a version that has it, or build the model yourself and "
+            "pass it as model="
+        )
+    return found
+
+
+def empty_model(config: PretrainedConfig) -> nn.Module:
+    """The model of ``config`` with its parameters on the meta device and its buffers real.
+
+    Buffers outside the ``state_dict`` (rotary frequencies, position indices) come from the constructor alone,
+    hence they must not be on the meta device.
+    """
+    try:
+        from accelerate import init_empty_weights
+    except ImportError as error:
+        raise ImportError(
+            "loading a transformers model needs accelerate; pip install 'fips_ext[transformers]'"
+        ) from error
+    construct = model_class(config)
+    # Some constructors draw random numbers (stochastic depth, mask tokens) that nobody reads here.
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        return construct(config)
+
+
+def load_dense(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """Load a folder saved by transformers with the class its config names, in eval mode.
+
+    Args:
+        folder: holds ``config.json`` and the weights.
+        dtype: of the weights; None keeps that of the file.
+
+    Raises:
+        CheckpointError: the folder is not such a model, or leaves weights at their random initialisation.
+    """
+    from transformers import AutoConfig
+
+    if not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(
+            f"folder: {str(folder)!r} has no config.json; pass a folder that transformers' "
+            "save_pretrained wrote"
+        )
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    options: dict[str, Any] = {"dtype": dtype or "auto", "local_files_only": True}
+    model, loaded = model_class(config).from_pretrained(str(folder), output_loading_info=True, **options)
+    problems = {
+        kind: sorted(map(str, loaded[kind]))
+        for kind in ("missing_keys", "mismatched_keys")
+        if loaded.get(kind)
+    }
+    if problems:
+        raise CheckpointError(
+            f"folder: {str(folder)!r} does not hold all weights of {type(model).__name__}: {problems}"
+        )
+    return model.eval()
