@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import SurgeryError
+from ..nn import SharedMLP
 from .dense_mlp import DenseMLP, Slot
 from .probe import Formula, is_plain_linear, match_intermediate, match_mlp, starts_with
 
@@ -61,6 +62,8 @@ def find_mlps(model: nn.Module) -> list[DenseMLP]:
     mlps = _without_heads(model, mlps, survey)
     mlps = _merge_shared(model, mlps)
     if not mlps:
+        if any(isinstance(module, SharedMLP) for module in model.modules()):
+            raise SurgeryError("model: is compressed already; pass the dense model")
         seen = [f"{name or 'the model itself'}: {why}" for name, why in survey.rejected.items()]
         more = f"; and {len(seen) - _REPORTED} more" if len(seen) > _REPORTED else ""
         raise SurgeryError(
