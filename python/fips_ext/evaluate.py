@@ -99,9 +99,7 @@ def _window_loss(model: nn.Module, window: Tensor) -> float:
     logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
     targets = window[1:]
     total = 0.0
-    for rows, wanted in zip(
-        logits.split(_ROWS_PER_CHUNK), targets.split(_ROWS_PER_CHUNK), strict=True
-    ):
+    for rows, wanted in zip(logits.split(_ROWS_PER_CHUNK), targets.split(_ROWS_PER_CHUNK), strict=True):
         total += nn.functional.cross_entropy(rows.float(), wanted, reduction="sum").item()
     return total
 
@@ -135,8 +133,7 @@ def _check_windows(model: nn.Module, windows: Tensor) -> None:
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise InvalidArgument(
-            f"windows: {length} tokens long, but the model reads at most {longest}; "
-            "use a shorter context"
+            f"windows: {length} tokens long, but the model reads at most {longest}; use a shorter context"
         )
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and not 0 <= int(windows.min()) <= int(windows.max()) < vocabulary:

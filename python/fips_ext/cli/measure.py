@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -39,13 +38,13 @@ def evaluate(
 ) -> None:
     """Perplexity on a text: windows without overlap, all tokens but the first of each window scored.
 
-    The interval is a 95 % bootstrap over windows. Compare two models on the same text, context and windows only.
+    The interval is a 95 % bootstrap over windows. Compare two models on the same text, context and
+    windows only.
 
-    [bold]Examples[/bold]
+    Examples:
 
-    fips eval small
-
-    fips eval demo:smollm2 --text my.txt --context 1024 --windows 0 --json
+    - `fips eval small`
+    - `fips eval demo:smollm2 --text my.txt --context 1024 --windows 0 --json`
     """
     check_device(device)
     content = held_out_text(text)
@@ -64,7 +63,8 @@ def evaluate(
 def bench(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Model to time, usually a checkpoint.")],
     dense: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Time this model in turns with it and print the ratio.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Time this model in turns with it and print the ratio."),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt (prefill).")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded one by one.")] = 64,
@@ -78,11 +78,10 @@ def bench(
     With --dense both models run in alternation and the dense one takes the dtype of the other, so that the
     ratio is about the compression and nothing else.
 
-    [bold]Examples[/bold]
+    Examples:
 
-    fips bench small
-
-    fips bench small --dense demo:smollm2 --json
+    - `fips bench small`
+    - `fips bench small --dense demo:smollm2 --json`
     """
     workload = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
     quiet_transformers()

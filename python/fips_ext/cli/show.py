@@ -31,9 +31,9 @@ def generate(
 ) -> None:
     """Continue a text greedily. Stdout holds the continuation only.
 
-    [bold]Example[/bold]
+    Example:
 
-    fips generate small "The capital of France is" --max-new-tokens 32
+    - `fips generate small "The capital of France is" --max-new-tokens 32`
     """
     quiet_transformers()
     note(f"loading {directory}")
@@ -47,9 +47,9 @@ def info(
 ) -> None:
     """What a checkpoint holds: bytes per component, ratios to dense, and the recipe that made it.
 
-    [bold]Example[/bold]
+    Example:
 
-    fips info small --json
+    - `fips info small --json`
     """
     from .. import checkpoint
 

@@ -97,9 +97,7 @@ class _Metadata:
         """A scalar; without a default the key is required."""
         value = self.get(key, default)
         if value is None:
-            raise CheckpointError(
-                f"{self.path}: the GGUF key {key!r} is missing; convert the model again"
-            )
+            raise CheckpointError(f"{self.path}: the GGUF key {key!r} is missing; convert the model again")
         if not isinstance(value, int | float):
             raise CheckpointError(
                 f"{self.path}: the GGUF key {key!r} differs between layers, which is not "
@@ -144,9 +142,7 @@ def _build(metadata: _Metadata, reader: Any, dtype: torch.dtype) -> torch.nn.Mod
         target, suffix = _target_name(metadata.path, name)
         parameter = parameters.get(target)
         # Unquantised tensors are views of the read-only file; torch wants memory it may write to.
-        value = torch.from_numpy(
-            np.require(dequantize(tensor.data, tensor.tensor_type), requirements="W")
-        )
+        value = torch.from_numpy(np.require(dequantize(tensor.data, tensor.tensor_type), requirements="W"))
         if parameter is None or parameter.shape != value.shape:
             expected = "no such tensor" if parameter is None else tuple(parameter.shape)
             raise CheckpointError(
@@ -178,8 +174,7 @@ def _config(metadata: _Metadata, tensors: dict[str, Any]) -> Any:
         )
     if metadata.get("llama.expert_count", 0):
         raise InvalidArgument(
-            f"model: {metadata.path} is a mixture of experts, which is not supported; "
-            "give a dense model"
+            f"model: {metadata.path} is a mixture of experts, which is not supported; give a dense model"
         )
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{metadata.path}: tensor 'token_embd.weight' is missing")

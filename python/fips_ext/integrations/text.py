@@ -43,9 +43,7 @@ _TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
 _TABLE = re.compile(r"\{\|(?:(?!\{\||\|\}).)*\|\}", re.DOTALL)
 _LINK = re.compile(r"\[\[([^\[\]]*)\]\]")
 # A link into a namespace or another language: not part of the sentence.
-_NAMESPACE = re.compile(
-    r"\s*(?:file|image|category|media|[a-z]{2,3}(?:-[a-z]+)*)\s*:", re.IGNORECASE
-)
+_NAMESPACE = re.compile(r"\s*(?:file|image|category|media|[a-z]{2,3}(?:-[a-z]+)*)\s*:", re.IGNORECASE)
 _URL_TEXT = re.compile(r"\[(?:https?:|ftp:|mailto:)?//?[^\s\]]+\s*([^\]]*)\]")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 _QUOTES = re.compile(r"'{2,}")
