@@ -93,14 +93,21 @@ def check_device(device: str) -> torch.device:
 
 def _load_transformers(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+
+    from .integrations.transformers import load_dense
 
     try:
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or "auto", local_files_only=True)
+        model = load_dense(folder, dtype)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: transformers cannot load it as a causal language model ({_first_line(error)})"
+            f"{folder}: transformers cannot load it ({_first_line(error)}); save or download it again"
         ) from error
+    if not model.can_generate():
+        raise InvalidArgument(
+            f"model: {folder} holds a {type(model).__name__}, which predicts no tokens; "
+            "give a causal language model (…ForCausalLM)"
+        )
+    return model
 
 
 def _first_line(error: Exception) -> str:

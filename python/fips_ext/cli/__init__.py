@@ -23,6 +23,8 @@ class _Group(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # 'fips info small | head': the reader has left, which is no failure of ours
+            raise
         except (FipsError, ImportError, OSError) as error:
             fail(error)
             raise typer.Exit(1) from error
