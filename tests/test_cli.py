@@ -1,0 +1,290 @@
+"""The ``fips`` command: what it writes where, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fips_ext import checkpoint
+from fips_ext.cli import app
+from fips_ext.evaluate import perplexity
+from fips_ext.integrations.text import read_text, token_windows
+from fips_ext.models import load_model
+from fips_ext.recipe import Recipe
+
+from .tiny_llama import byte_tokenizer, save_text, save_tiny_llama, tiny_llama
+from .tiny_models import share
+
+COMMANDS = ("compress", "eval", "generate", "info", "bench", "demo")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny models gain nothing from more, and on a busy machine the threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    return save_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A checkpoint that computes what the dense model computes."""
+    folder = tmp_path_factory.mktemp("small")
+    model = tiny_llama()
+    share(model)
+    checkpoint.save_pretrained(model, folder, recipe=Recipe(ratio=0.5), tokenizer=byte_tokenizer())
+    return folder
+
+
+class Calls(list):
+    """The arguments of every compression, in place of which MLPs are merely shared."""
+
+    def compress(self, model, recipe, data, progress=None):
+        self.append((recipe, data, next(model.parameters()).dtype))
+        share(model)
+        return Report()
+
+
+class Report:
+    def to_dict(self):
+        return {"ratio": 0.5}
+
+    def to_markdown(self):
+        return "| ratio |\n|---|\n| 0.5 |"
+
+
+@pytest.fixture
+def compressions(monkeypatch) -> Calls:
+    calls = Calls()
+    module = ModuleType("fips_ext.compress")
+    module.compress = calls.compress
+    monkeypatch.setitem(sys.modules, "fips_ext.compress", module)
+    return calls
+
+
+def run(*arguments, code: int = 0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def run_json(*arguments) -> dict:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def refusal(*arguments) -> str:
+    """The one line that a failing command writes."""
+    result = run(*arguments, code=1)
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("loading ")]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+# -- help and usage ---------------------------------------------------------------------------------
+
+
+def test_help_names_every_command():
+    text = run("--help").stdout
+    assert all(command in text for command in COMMANDS)
+    assert "demo:smollm2" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_shows_an_example(command):
+    assert f"fips {command} " in run(command, "--help").stdout
+
+
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "fips_ext", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("fips_ext ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nothing"],
+        ["compress", "x", "--out", "y"],
+        ["compress", "x", "--ratio", "0.5"],
+        ["compress", "x", "--out", "y", "--ratio", "0"],
+        ["compress", "x", "--out", "y", "--ratio", "1.5"],
+        ["compress", "x", "--out", "y", "--ratio", "half"],
+        ["compress", "x", "--out", "y", "--ratio", "0.5", "--pattern", "block:7x7"],
+        ["compress", "x", "--out", "y", "--ratio", "0.5", "--base", "none"],
+        ["compress", "x", "--out", "y", "--ratio", "0.5", "--dtype", "int8"],
+        ["compress", "x", "--out", "y", "--ratio", "0.5", "--group-size", "0"],
+        ["compress", "x", "--out", "y", "--ratio", "0.5", "--steps", "-1"],
+        ["eval"],
+        ["eval", "x", "--context", "1"],
+        ["generate", "x"],
+        ["bench", "x", "--repeats", "0"],
+        ["demo", "--ratio", "2"],
+    ],
+)
+def test_usage_errors(arguments):
+    assert "Traceback" not in run(*arguments, code=2).output
+
+
+# -- compress ---------------------------------------------------------------------------------------
+
+
+def test_compress_writes_a_checkpoint(dense, text, tmp_path, compressions):
+    out = tmp_path / "out"
+    options = ["--pattern", "block:16x32", "--group-size", 2, "--rank", 8, "--base", "both", "--tokens", 2000]
+    options += ["--steps", 3, "--seed", 5, "--dtype", "bfloat16"]
+    result = run_json("compress", dense, "--out", out, "--ratio", 0.5, "--calib", text, *options)
+    assert result["report"] == {"ratio": 0.5}
+    ((recipe, data, dtype),) = compressions
+    assert recipe == Recipe(
+        ratio=0.5,
+        pattern="block:16x32",
+        group_size=2,
+        rank=8,
+        base="both",
+        calibration_tokens=2000,
+        steps=3,
+        seed=5,
+    )
+    assert dtype == torch.bfloat16
+    assert {batch.dtype for batch in data} == {torch.int64}
+    assert sum(batch.numel() for batch in data) == 2048
+    assert checkpoint.info(out)["recipe"] == recipe.to_dict()
+    assert load_model(out)[1]("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
+
+
+def test_compress_defaults_are_those_of_the_recipe(dense, text, tmp_path, compressions):
+    output = run("compress", dense, "--out", tmp_path / "out", "--ratio", 0.5, "--calib", text).stdout
+    assert compressions[0][0] == Recipe(ratio=0.5)
+    assert "0.5" in output
+    assert f"fips eval {tmp_path / 'out'}" in output
+
+
+def test_compress_overwrites_a_checkpoint_only_when_asked(dense, text, tmp_path, compressions):
+    arguments = ["compress", dense, "--out", tmp_path / "out", "--ratio", 0.5, "--calib", text]
+    run(*arguments)
+    assert "--overwrite" in refusal(*arguments)
+    assert len(compressions) == 1
+    run(*arguments, "--overwrite")
+    assert len(compressions) == 2
+
+
+def test_compress_refuses_an_output_before_any_work(tmp_path, compressions):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("x")
+    arguments = ["compress", "no-such-model", "--ratio", 0.5, "--out"]
+    assert "is a file" in refusal(*arguments, tmp_path / "file")
+    assert "is not empty" in refusal(*arguments, tmp_path / "other")
+    assert "other than a fips checkpoint" in refusal(*arguments, tmp_path / "other", "--overwrite")
+    assert (tmp_path / "other" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "no-such-model"}, "allowed are a folder saved by transformers"),
+        ({"--calib": "no-such-file"}, "is not a file"),
+        ({"--calib": "empty.txt"}, "is empty"),
+        ({"--calib": "short.txt"}, "found 5 tokens, needed 512"),
+        ({"--device": "toaster"}, "allowed are 'cpu'"),
+        ({"--device": "cuda:99"}, "CUDA devices"),
+    ],
+)
+def test_compress_refuses_inputs(dense, text, tmp_path, monkeypatch, compressions, changes, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("")
+    Path("short.txt").write_text("short")
+    options = {"model": dense, "--out": "out", "--ratio": 0.5, "--calib": text, **changes}
+    model = options.pop("model")
+    pairs = [part for pair in options.items() for part in pair]
+    assert message in refusal("compress", model, *pairs)
+    assert not Path("out").exists()
+    assert not compressions
+
+
+# -- the others -------------------------------------------------------------------------------------
+
+
+def test_eval_agrees_with_the_function(small, text):
+    result = run_json("eval", small, "--text", text, "--context", 64, "--windows", 5)
+    model, tokenizer = load_model(small)
+    expected = perplexity(model, token_windows(read_text(text), tokenizer, 64, 5))
+    assert result["perplexity"] == pytest.approx(expected.perplexity)
+    assert result["interval"] == pytest.approx(list(expected.interval))
+    assert result["tokens"] == expected.tokens == 5 * 63
+
+
+def test_eval_of_the_checkpoint_equals_dense(dense, small, text):
+    options = ["--text", text, "--context", 64, "--windows", 0]
+    first, second = run_json("eval", dense, *options), run_json("eval", small, *options)
+    assert first["windows"] > 32
+    assert first["perplexity"] == pytest.approx(second["perplexity"], rel=1e-4)
+
+
+def test_eval_prints_a_table(small, text):
+    assert "perplexity" in run("eval", small, "--text", text, "--context", 64, "--windows", 2).stdout
+
+
+def test_eval_refuses(dense, text, tmp_path):
+    assert "at most 512" in refusal("eval", dense, "--text", text, "--context", 600)
+    assert "needed 65536" in refusal("eval", dense, "--text", text, "--context", 65536)
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    assert "tokenizer" in refusal("eval", tmp_path / "bare", "--text", text)
+    (tmp_path / "bare" / "model.safetensors").write_bytes(b"damaged")
+    assert "transformers cannot load it" in refusal("eval", tmp_path / "bare", "--text", text)
+
+
+def test_generate_prints_the_continuation(dense, small):
+    first = run("generate", dense, "abc", "--max-new-tokens", 4).stdout
+    assert run("generate", small, "abc", "--max-new-tokens", 4).stdout == first
+    assert not first.startswith("abc")
+
+
+def test_generate_refuses(small):
+    assert "prompt" in refusal("generate", small, "")
+    assert "512" in refusal("generate", small, "abc", "--max-new-tokens", 510)
+
+
+def test_info(small):
+    assert run_json("info", small) == checkpoint.info(small)
+    output = run("info", small).stdout
+    assert "ratios.mlp" in output
+    assert "recipe.pattern" in output
+
+
+def test_info_refuses(dense, small, tmp_path):
+    assert "does not exist" in refusal("info", tmp_path / "nothing")
+    assert "fips.json" in refusal("info", dense)
+    (tmp_path / "fips.json").write_text("{")
+    (tmp_path / "model.safetensors").write_bytes((small / "model.safetensors").read_bytes())
+    assert "fips.json" in refusal("info", tmp_path)
+
+
+def test_bench(dense, small):
+    options = ["--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1]
+    alone = run_json("bench", small, *options)
+    assert alone["decode"] > 0
+    assert alone["prefill"] > 0
+    pair = run_json("bench", small, "--dense", dense, *options)
+    assert pair["decode_ratio"] == pytest.approx(pair["compressed"]["decode"] / pair["dense"]["decode"])
+    assert "compressed / dense" in run("bench", small, "--dense", dense, *options).stdout
