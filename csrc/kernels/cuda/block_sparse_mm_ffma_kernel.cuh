@@ -13,6 +13,7 @@ struct FfmaThreads {
   static constexpr int kThreads = kOut * kTokens;
   static constexpr int kTokenSteps = Config::kTokens / kTokens;
   static constexpr int kOutSteps = Config::kOut / kOut;
+  static constexpr int kMinBlocks = resident_blocks(kThreads, kTokenSteps*(kOutSteps + 4));
 };
 
 template <class Config>
@@ -34,7 +35,7 @@ FIPS_DEVICE Chunk<float> read_w(const unsigned char* w_tile, int out, int chunk)
     return *reinterpret_cast<const Chunk<float>*>(w_tile + offset);
   } else {
     Chunk<float> w;
-#pragma unroll
+    FIPS_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int offset = swizzled_offset<Config::kWChunks>(chunk * 4 + i, out / 4) + out % 4 * 4;
       w.element[i] = *reinterpret_cast<const float*>(w_tile + offset);
@@ -48,17 +49,16 @@ FIPS_DEVICE void multiply_chunk(FfmaSums<Config>& sums, const unsigned char* sta
   using Threads = FfmaThreads<Config>;
   const int first_row = thread_index() / Threads::kOut, first_out = thread_index() % Threads::kOut;
   Chunk<float> x[Threads::kTokenSteps];
-#pragma unroll
+  FIPS_UNROLL
   for (int i = 0; i < Threads::kTokenSteps; ++i) {
     x[i] = read_x<Config>(stage, first_row + i * Threads::kTokens, chunk);
   }
-#pragma unroll
+  FIPS_UNROLL
   for (int j = 0; j < Threads::kOutSteps; ++j) {
-    const Chunk<float> w =
-        read_w<Config>(stage + Config::kXBytes, first_out + j * Threads::kOut, chunk);
-#pragma unroll
+    const Chunk<float> w = read_w<Config>(stage + Config::kXBytes, first_out + j * Threads::kOut, chunk);
+    FIPS_UNROLL
     for (int i = 0; i < Threads::kTokenSteps; ++i) {
-#pragma unroll
+      FIPS_UNROLL
       for (int r = 0; r < 4; ++r) {
         sums.value[i][j] += x[i].element[r] * w.element[r];
       }
@@ -67,28 +67,27 @@ FIPS_DEVICE void multiply_chunk(FfmaSums<Config>& sums, const unsigned char* sta
 }
 
 template <class Config>
-FIPS_KERNEL(FfmaThreads<Config>::kThreads)
+FIPS_KERNEL(FfmaThreads<Config>::kThreads, FfmaThreads<Config>::kMinBlocks)
 block_sparse_mm_ffma(const MmTask task) {
   using Threads = FfmaThreads<Config>;
   unsigned char* shared = dynamic_shared_memory();
   const MmTile tile = locate_tile<Config>(task);
   FfmaSums<Config> sums{};
   pipeline<Config, Threads::kThreads>(task, tile, shared, [&](const unsigned char* stage) {
-#pragma unroll 2
+    FIPS_UNROLL_BY(1)
     for (int chunk = 0; chunk < Config::kReduceChunks; ++chunk) {
       multiply_chunk<Config>(sums, stage, chunk);
     }
   });
   const int64_t first_token = tile.token + thread_index() / Threads::kOut;
   const int first_out = tile.out_block * Config::kOut + thread_index() % Threads::kOut;
-#pragma unroll
+  FIPS_UNROLL
   for (int j = 0; j < Threads::kOutSteps; ++j) {
     const int feature = first_out + j * Threads::kOut;
     const float bias = bias_at<float>(task, feature);
-#pragma unroll
+    FIPS_UNROLL
     for (int i = 0; i < Threads::kTokenSteps; ++i) {
-      store_one<float>(task, first_token + i * Threads::kTokens, feature,
-                       sums.value[i][j] + bias);
+      store_one<float>(task, first_token + i * Threads::kTokens, feature, sums.value[i][j] + bias);
     }
   }
 }

@@ -1,5 +1,5 @@
 #include "kernels/cuda/block_sparse_mm_mma_kernel.cuh"
-#include "kernels/cuda/block_sparse_mm_select.cuh"
+#include "kernels/cuda/block_sparse_mm_run.cuh"
 
 namespace fips::cuda {
 namespace {
@@ -7,12 +7,14 @@ namespace {
 template <class Config>
 struct Run {
   static void launch(const MmLaunch& launch) {
-    launch_kernel<Config>(block_sparse_mm_mma<Config>, MmaWarps<Config>::kThreads, launch);
+    run_kernel<Config>(block_sparse_mm_mma<Config>, MmaWarps<Config>::kThreads, launch);
   }
 };
 
 }  // namespace
 
-void launch_mm_float16(const MmLaunch& launch) { select_kernel<Run, Half>(launch); }
+void launch_mm_float16(const MmChoice& choice, const MmLaunch& launch) {
+  MmSelect<MmConfig, Run, Half>::launch(choice, launch);
+}
 
 }  // namespace fips::cuda

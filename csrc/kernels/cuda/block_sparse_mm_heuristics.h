@@ -25,8 +25,7 @@ inline int largest_token_tile(DType dtype, bool bitmap) {
 // Tokens per block: 16, 64 or 128. A tall tile reads the slice fewer times; a low one wastes less on few
 // tokens and cuts the work into enough blocks to fill the chip.
 inline int choose_token_tile(const MmTileQuery& query) {
-  for (int tile = largest_token_tile(query.dtype, query.bitmap); tile > 16;
-       tile = tile == 128 ? 64 : 16) {
+  for (int tile = largest_token_tile(query.dtype, query.bitmap); tile > 16; tile = tile == 128 ? 64 : 16) {
     const bool mostly_filled = query.tokens > tile / 2;
     const bool fills_chip = ceil_div(query.tokens, tile) * query.out_blocks >= query.sm_count;
     if (mostly_filled && fills_chip) {

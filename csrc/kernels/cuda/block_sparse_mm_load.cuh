@@ -32,9 +32,9 @@ struct MmConfig {
 
 // The work of one thread block.
 struct MmTile {
-  int64_t token;      // first token
-  int out_block;      // which output block
-  BlockRange range;   // its entries in the index list
+  int64_t token;     // first token
+  int out_block;     // which output block
+  BlockRange range;  // its entries in the index list
 };
 
 template <class Config>
@@ -53,8 +53,7 @@ FIPS_DEVICE BlockRef block_at(const MmTask& task, const MmTile& tile, int positi
     return {-1, 0};
   }
   const int id = task.block_id == nullptr ? entry : task.block_id[entry];
-  return checked_ref(id, task.reduce_index[entry], task.num_blocks, task.reduce_blocks,
-                     task.reduce_shift);
+  return checked_ref(id, task.reduce_index[entry], task.num_blocks, task.reduce_blocks, task.reduce_shift);
 }
 
 FIPS_DEVICE int offset_in_block(const MmTask& task, int position) {
@@ -62,19 +61,17 @@ FIPS_DEVICE int offset_in_block(const MmTask& task, int position) {
 }
 
 template <class Config, int kThreads>
-FIPS_DEVICE void stage_x(const MmTask& task, const MmTile& tile, int step,
-                         unsigned char* x_tile) {
+FIPS_DEVICE void stage_x(const MmTask& task, const MmTile& tile, int step, unsigned char* x_tile) {
   using T = typename Config::Element;
   constexpr int kChunks = Config::kReduceChunks, kRowsPerPass = kThreads / kChunks;
   const int chunk = thread_index() % kChunks, first_row = thread_index() / kChunks;
   const int position = step * Config::kReduce + chunk * Config::kChunk;
   const BlockRef block = block_at(task, tile, position);
   const int feature = block.feature + offset_in_block(task, position);
-  const int valid =
-      block.id < 0 ? 0 : elements_below(feature, task.in_features, Config::kChunk);
+  const int valid = block.id < 0 ? 0 : elements_below(feature, task.in_features, Config::kChunk);
   const T* x = static_cast<const T*>(task.x);
   static_assert(Config::kTokens % kRowsPerPass == 0, "every pass is full");
-#pragma unroll
+  FIPS_UNROLL
   for (int pass = 0; pass < Config::kTokens / kRowsPerPass; ++pass) {
     const int row = pass * kRowsPerPass + first_row;
     const int64_t token = tile.token + row;
@@ -86,13 +83,12 @@ FIPS_DEVICE void stage_x(const MmTask& task, const MmTile& tile, int step,
 
 // `block` encoding: chunks are copied as they are stored.
 template <class Config, int kThreads>
-FIPS_DEVICE void stage_w_block(const MmTask& task, const MmTile& tile, int step,
-                               unsigned char* w_tile) {
+FIPS_DEVICE void stage_w_block(const MmTask& task, const MmTile& tile, int step, unsigned char* w_tile) {
   using T = typename Config::Element;
   constexpr int kChunks = Config::kWChunks;
   const T* values = static_cast<const T*>(task.values);
   static_assert(Config::kWRows * kChunks % kThreads == 0, "every pass is full");
-#pragma unroll
+  FIPS_UNROLL
   for (int pass = 0; pass < Config::kWRows * kChunks / kThreads; ++pass) {
     const int item = pass * kThreads + thread_index();
     const int row = item / kChunks, chunk = item % kChunks;
@@ -103,8 +99,7 @@ FIPS_DEVICE void stage_w_block(const MmTask& task, const MmTile& tile, int step,
     const int offset = offset_in_block(task, position);
     const int j = Config::kTransposed ? offset : out, k = Config::kTransposed ? out : offset;
     const int count = block.id < 0 ? 0 : Config::kChunk;
-    const T* source =
-        count > 0 ? values + block.id * int64_t{task.slots} + (j << task.k_shift) + k : values;
+    const T* source = count > 0 ? values + block.id * int64_t{task.slots} + (j << task.k_shift) + k : values;
     stage_chunk(w_tile + swizzled_offset<kChunks>(row, chunk), source, count, task.wide_values);
   }
 }
@@ -116,8 +111,7 @@ FIPS_DEVICE uint32_t load_mask_word(const MmTask& task, int id, int word) {
   if (task.wide_mask) {
     return *reinterpret_cast<const uint32_t*>(source);
   }
-  return source[0] | uint32_t{source[1]} << 8 | uint32_t{source[2]} << 16 |
-         uint32_t{source[3]} << 24;
+  return source[0] | uint32_t{source[1]} << 8 | uint32_t{source[2]} << 16 | uint32_t{source[3]} << 24;
 }
 
 // Where slot (j, k) of a block whose first reduction position in this stage is `shift_in` belongs in the
@@ -137,8 +131,8 @@ FIPS_DEVICE int slot_offset(int j, int k, int shift_in) {
 // One warp expands up to 32 mask words (32 slots each) of stored block `id`, from `first_word` on. A word
 // is one step of the warp, a slot one lane: a lane finds its value by counting the ones before its own.
 template <class Config>
-FIPS_DEVICE void expand_words(const MmTask& task, int id, int first_word, int words,
-                              int shift_in, unsigned char* w_tile) {
+FIPS_DEVICE void expand_words(const MmTask& task, int id, int first_word, int words, int shift_in,
+                              unsigned char* w_tile) {
   using T = typename Config::Element;
   const int lane = lane_index();
   uint32_t before = 0;
@@ -149,14 +143,12 @@ FIPS_DEVICE void expand_words(const MmTask& task, int id, int first_word, int wo
   const uint32_t start = warp_sum(before) + warp_exclusive_sum(popcount(mine));
   const int64_t base = id >= 0 ? task.value_ptr[id] : 0;
   const T* values = static_cast<const T*>(task.values);
-#pragma unroll 4
+  FIPS_UNROLL_BY(4)
   for (int word = 0; word < words; ++word) {
     const uint32_t bits = shuffle(mine, word);
-    const int64_t index =
-        base + shuffle(start, word) + popcount(bits & ((1u << lane) - 1u));
+    const int64_t index = base + shuffle(start, word) + popcount(bits & ((1u << lane) - 1u));
     const int slot = (first_word + word) * 32 + lane;
-    const int offset = slot_offset<Config>(slot >> task.k_shift,
-                                           slot & ((1 << task.k_shift) - 1), shift_in);
+    const int offset = slot_offset<Config>(slot >> task.k_shift, slot & ((1 << task.k_shift) - 1), shift_in);
     // A mask and value_ptr that disagree must not lead out of the values.
     const bool stored = (bits >> lane & 1u) != 0 && index >= 0 && index < task.num_values;
     if (offset >= 0) {
@@ -166,8 +158,7 @@ FIPS_DEVICE void expand_words(const MmTask& task, int id, int first_word, int wo
 }
 
 template <class Config, int kThreads>
-FIPS_DEVICE void stage_w_bitmap(const MmTask& task, const MmTile& tile, int step,
-                                unsigned char* w_tile) {
+FIPS_DEVICE void stage_w_bitmap(const MmTask& task, const MmTile& tile, int step, unsigned char* w_tile) {
   const int first = step * Config::kReduce;
   const int edge = 1 << task.reduce_shift;
   const int blocks = edge < Config::kReduce ? Config::kReduce / edge : 1;
@@ -178,15 +169,13 @@ FIPS_DEVICE void stage_w_bitmap(const MmTask& task, const MmTile& tile, int step
     const int position = first + which * edge;
     const int words = block_words < kWarpSize ? block_words : kWarpSize;
     const int shift_in = which * edge - offset_in_block(task, position);
-    expand_words<Config>(task, block_at(task, tile, position).id, first_word, words, shift_in,
-                         w_tile);
+    expand_words<Config>(task, block_at(task, tile, position).id, first_word, words, shift_in, w_tile);
   }
 }
 
 // Starts stage `step` of a tile; completes after cp_async_wait and a barrier.
 template <class Config, int kThreads>
-FIPS_DEVICE void start_stage(const MmTask& task, const MmTile& tile, int step,
-                             unsigned char* stage) {
+FIPS_DEVICE void start_stage(const MmTask& task, const MmTile& tile, int step, unsigned char* stage) {
   stage_x<Config, kThreads>(task, tile, step, stage);
   if constexpr (Config::kBitmap) {
     stage_w_bitmap<Config, kThreads>(task, tile, step, stage + Config::kXBytes);

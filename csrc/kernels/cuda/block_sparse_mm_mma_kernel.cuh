@@ -22,6 +22,7 @@ struct MmaWarps {
   static constexpr int kThreads = kCount * kWarpSize;
   static constexpr int kTokenSteps = Config::kTokens / kTokens / 16;  // instructions down a warp's tile
   static constexpr int kOutSteps = Config::kOut / kOut / 8;           // and across it
+  static constexpr int kMinBlocks = resident_blocks(kThreads, kTokenSteps* kOutSteps * 4);
 };
 
 struct WarpPlace {
@@ -60,22 +61,22 @@ FIPS_DEVICE void load_w_fragments(uint32_t (&b)[4], const unsigned char* w_tile,
 
 // One instruction's depth, 16 reduction positions, of the warp's tile.
 template <class Config>
-FIPS_DEVICE void multiply_step(MmaSums<Config>& sums, const unsigned char* stage,
-                               const WarpPlace& place, int reduce) {
+FIPS_DEVICE void multiply_step(MmaSums<Config>& sums, const unsigned char* stage, const WarpPlace& place,
+                               int reduce) {
   using Warps = MmaWarps<Config>;
   uint32_t a[Warps::kTokenSteps][4];
   const Coord at = ldmatrix_a(lane_index());
-#pragma unroll
+  FIPS_UNROLL
   for (int i = 0; i < Warps::kTokenSteps; ++i) {
     const int row = place.token + i * 16 + at.row;
     const int offset = swizzled_offset<Config::kReduceChunks>(row, reduce / 8 + at.col);
     ldmatrix_x4(a[i], shared_address(stage + offset));
   }
-#pragma unroll
+  FIPS_UNROLL
   for (int j = 0; j < Warps::kOutSteps; j += 2) {
     uint32_t b[4];
     load_w_fragments<Config>(b, stage + Config::kXBytes, place.out + j * 8, reduce);
-#pragma unroll
+    FIPS_UNROLL
     for (int i = 0; i < Warps::kTokenSteps; ++i) {
       mma_m16n8k16<typename Config::Element>(sums.value[i][j], a[i], b[0], b[1]);
       mma_m16n8k16<typename Config::Element>(sums.value[i][j + 1], a[i], b[2], b[3]);
@@ -94,16 +95,16 @@ FIPS_DEVICE void add_splits(MmaSums<Config>& sums, const WarpPlace& place, float
   float* mine = &sums.value[0][0][0];
   const int peer = warp_index() % kPeers, lane = lane_index();
   block_barrier();  // the last stage has been read
-#pragma unroll
+  FIPS_UNROLL
   for (int i = 0; i < kCount; ++i) {
     if (place.split > 0) {
       shared[(((place.split - 1) * kPeers + peer) * kCount + i) * kWarpSize + lane] = mine[i];
     }
   }
   block_barrier();
-#pragma unroll
+  FIPS_UNROLL
   for (int i = 0; i < kCount; ++i) {
-#pragma unroll
+    FIPS_UNROLL
     for (int split = 1; split < Warps::kSplit; ++split) {
       mine[i] += shared[(((split - 1) * kPeers + peer) * kCount + i) * kWarpSize + lane];
     }
@@ -117,25 +118,24 @@ FIPS_DEVICE void store_sums(const MmTask& task, const MmTile& tile, const MmaSum
   using T = typename Config::Element;
   const int64_t first_token = tile.token + place.token;
   const int first_out = tile.out_block * Config::kOut + place.out;
-#pragma unroll
+  FIPS_UNROLL
   for (int j = 0; j < Warps::kOutSteps; ++j) {
     const int feature = first_out + j * 8 + accumulator_coord(lane_index(), 0).col;
     const float bias0 = bias_at<T>(task, feature), bias1 = bias_at<T>(task, feature + 1);
-#pragma unroll
+    FIPS_UNROLL
     for (int i = 0; i < Warps::kTokenSteps; ++i) {
-#pragma unroll
+      FIPS_UNROLL
       for (int half = 0; half < 2; ++half) {
         const float(&sum)[4] = sums.value[i][j];
         const int row = i * 16 + accumulator_coord(lane_index(), 2 * half).row;
-        store_two<T>(task, first_token + row, feature, sum[2 * half] + bias0,
-                     sum[2 * half + 1] + bias1);
+        store_two<T>(task, first_token + row, feature, sum[2 * half] + bias0, sum[2 * half + 1] + bias1);
       }
     }
   }
 }
 
 template <class Config>
-FIPS_KERNEL(MmaWarps<Config>::kThreads)
+FIPS_KERNEL(MmaWarps<Config>::kThreads, MmaWarps<Config>::kMinBlocks)
 block_sparse_mm_mma(const MmTask task) {
   using Warps = MmaWarps<Config>;
   unsigned char* shared = dynamic_shared_memory();
@@ -143,7 +143,7 @@ block_sparse_mm_mma(const MmTask task) {
   const WarpPlace place = locate_warp<Config>();
   MmaSums<Config> sums{};
   pipeline<Config, Warps::kThreads>(task, tile, shared, [&](const unsigned char* stage) {
-#pragma unroll
+    FIPS_UNROLL
     for (int share = 0; share < Config::kReduce / 16 / Warps::kSplit; ++share) {
       multiply_step<Config>(sums, stage, place, (share * Warps::kSplit + place.split) * 16);
     }

@@ -21,8 +21,7 @@ FIPS_DEVICE void store_one(const MmTask& task, int64_t token, int feature, float
 
 // Outputs (token, feature) and (token, feature + 1), `feature` even.
 template <class T>
-FIPS_DEVICE void store_two(const MmTask& task, int64_t token, int feature, float sum0,
-                           float sum1) {
+FIPS_DEVICE void store_two(const MmTask& task, int64_t token, int feature, float sum0, float sum1) {
   if (!task.wide_out || feature + 1 >= task.out_features) {
     store_one<T>(task, token, feature, sum0);
     store_one<T>(task, token, feature + 1, sum1);

@@ -21,12 +21,21 @@ struct alignas(2 * sizeof(T)) Pair {
   T element[2];
 };
 
+// Thread blocks of `threads` threads, each with `live` registers of sums and operands, that should share a
+// multiprocessor: as many as fit without spilling. Left to itself the compiler aims higher and spills.
+constexpr int resident_blocks(int threads, int live) {
+  const bool wide = threads > 128;  // 168 registers would leave room for one block only
+  const int registers = live <= 16 ? 96 : live <= 32 || wide ? 128 : live <= 64 ? 168 : 255;
+  const int blocks = 65536 / (threads * registers);
+  return blocks > 0 ? blocks : 1;
+}
+
 FIPS_DEVICE int lane_index() { return thread_index() % kWarpSize; }
 FIPS_DEVICE int warp_index() { return thread_index() / kWarpSize; }
 
 FIPS_DEVICE uint32_t warp_sum(uint32_t value) {
   const int lane = lane_index();
-#pragma unroll
+  FIPS_UNROLL
   for (int step = kWarpSize / 2; step > 0; step /= 2) {
     value += shuffle(value, lane ^ step);
   }
@@ -37,7 +46,7 @@ FIPS_DEVICE uint32_t warp_sum(uint32_t value) {
 FIPS_DEVICE uint32_t warp_exclusive_sum(uint32_t value) {
   const int lane = lane_index();
   uint32_t sum = value;
-#pragma unroll
+  FIPS_UNROLL
   for (int step = 1; step < kWarpSize; step *= 2) {
     const uint32_t below = shuffle(sum, lane >= step ? lane - step : lane);
     sum += lane >= step ? below : 0;
@@ -49,7 +58,7 @@ FIPS_DEVICE uint32_t warp_exclusive_sum(uint32_t value) {
 template <class T>
 FIPS_DEVICE Chunk<T> load_chunk_narrow(const T* source, int count) {
   Chunk<T> chunk{};
-#pragma unroll
+  FIPS_UNROLL
   for (int i = 0; i < Chunk<T>::kSize; ++i) {
     if (i < count) {
       chunk.element[i] = source[i];

@@ -5,11 +5,11 @@
 
 #include "core/check.h"
 
-#define FIPS_CUDA_CHECK(call)                                                                      \
-  do {                                                                                             \
-    const cudaError_t status_ = (call);                                                            \
-    if (status_ != cudaSuccess) {                                                                  \
-      ::fips::fail("CUDA: ", #call, " failed with ", cudaGetErrorName(status_), " (",              \
-                   cudaGetErrorString(status_), ")");                                              \
-    }                                                                                              \
+#define FIPS_CUDA_CHECK(call)                                                         \
+  do {                                                                                \
+    const cudaError_t status_ = (call);                                               \
+    if (status_ != cudaSuccess) {                                                     \
+      ::fips::fail("CUDA: ", #call, " failed with ", cudaGetErrorName(status_), " (", \
+                   cudaGetErrorString(status_), ")");                                 \
+    }                                                                                 \
   } while (0)

@@ -42,9 +42,7 @@ FIPS_INLINE FIPS_HOST_DEVICE Coord ldmatrix_b(int lane) {
 }
 
 // The same for B stored [k][n]; transposing ldmatrix.x4: {k, n chunk}.
-FIPS_INLINE FIPS_HOST_DEVICE Coord ldmatrix_b_transposed(int lane) {
-  return {lane & 15, lane >> 4};
-}
+FIPS_INLINE FIPS_HOST_DEVICE Coord ldmatrix_b_transposed(int lane) { return {lane & 15, lane >> 4}; }
 
 // Element {row, column} of the 16x8 accumulator that register `index` (0..3) of `lane` holds.
 FIPS_INLINE FIPS_HOST_DEVICE Coord accumulator_coord(int lane, int index) {
@@ -62,8 +60,7 @@ inline constexpr int64_t kRasterGroup = 8;
 
 // Blocks of a grid run roughly in order. Walking kRasterGroup token tiles together keeps both the tokens
 // and the slice's blocks of the running wave in L2.
-FIPS_INLINE FIPS_HOST_DEVICE TileIndex tile_of(int64_t index, int64_t token_tiles,
-                                               int64_t out_blocks) {
+FIPS_INLINE FIPS_HOST_DEVICE TileIndex tile_of(int64_t index, int64_t token_tiles, int64_t out_blocks) {
   const int64_t group = index / (kRasterGroup * out_blocks);
   const int64_t first = group * kRasterGroup;
   const int64_t width = min_of(kRasterGroup, token_tiles - first);
@@ -85,8 +82,7 @@ struct BlockRange {
 inline constexpr int64_t kMaxInFeatures = 0x7fffffff - 4096;
 
 // The device cannot raise an error for a broken index, so a range is clamped to what a sound one can be.
-FIPS_INLINE FIPS_HOST_DEVICE BlockRange clamp_range(int begin, int end, int num_blocks,
-                                                    int reduce_blocks) {
+FIPS_INLINE FIPS_HOST_DEVICE BlockRange clamp_range(int begin, int end, int num_blocks, int reduce_blocks) {
   const int64_t first = max_of(0, min_of(begin, num_blocks));
   const int64_t last = min_of(max_of(first, min_of(end, num_blocks)), first + reduce_blocks);
   return {static_cast<int>(first), static_cast<int>(last)};
@@ -98,10 +94,9 @@ struct BlockRef {
 };
 
 // One entry of the index list. An entry out of bounds is skipped rather than followed.
-FIPS_INLINE FIPS_HOST_DEVICE BlockRef checked_ref(int id, int reduce_block, int num_blocks,
-                                                  int reduce_blocks, int shift) {
-  const bool valid =
-      id >= 0 && id < num_blocks && reduce_block >= 0 && reduce_block < reduce_blocks;
+FIPS_INLINE FIPS_HOST_DEVICE BlockRef checked_ref(int id, int reduce_block, int num_blocks, int reduce_blocks,
+                                                  int shift) {
+  const bool valid = id >= 0 && id < num_blocks && reduce_block >= 0 && reduce_block < reduce_blocks;
   return {valid ? id : -1, valid ? reduce_block << shift : 0};
 }
 

@@ -14,7 +14,10 @@
 #else
 
 #define FIPS_DEVICE static __device__ __forceinline__
-#define FIPS_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define FIPS_KERNEL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
+#define FIPS_UNROLL _Pragma("unroll")
+#define FIPS_UNROLL_BY(count) FIPS_PRAGMA(unroll count)
+#define FIPS_PRAGMA(text) _Pragma(#text)
 
 namespace fips::cuda {
 
@@ -30,9 +33,7 @@ FIPS_DEVICE unsigned char* dynamic_shared_memory() {
 }
 
 // The value of `source` lane; every lane of the warp takes part.
-FIPS_DEVICE uint32_t shuffle(uint32_t value, int source) {
-  return __shfl_sync(0xffffffffu, value, source);
-}
+FIPS_DEVICE uint32_t shuffle(uint32_t value, int source) { return __shfl_sync(0xffffffffu, value, source); }
 
 FIPS_DEVICE int popcount(uint32_t bits) { return __popc(bits); }
 
@@ -46,8 +47,8 @@ FIPS_DEVICE SharedAddress shared_address(const void* pointer) {
 
 // 16 bytes, of which the first `bytes` come from `source` (16-byte aligned) and the rest are zeros.
 FIPS_DEVICE void cp_async_16(SharedAddress target, const void* source, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(target),
-               "l"(source), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(target), "l"(source),
+               "r"(bytes)
                : "memory");
 }
 
@@ -81,8 +82,8 @@ template <class T>
 FIPS_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 template <>
-__device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&d)[4], const uint32_t (&a)[4],
-                                                       uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                       uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -90,8 +91,8 @@ __device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&d)[4], const uint
 }
 
 template <>
-__device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t (&a)[4],
-                                                   uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                   uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

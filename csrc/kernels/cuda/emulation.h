@@ -1,0 +1,300 @@
+// ptx.cuh on the CPU: runs a kernel's own source, one thread block at a time, with its threads as fibres.
+// A fibre runs until it needs others (a barrier, a warp instruction), so a test can run the threads in
+// either order and must see the same result. Asynchronous copies happen as late as the program allows, and
+// shared memory starts as NaNs, so that a missing wait or an element never written shows.
+#pragma once
+
+#include <ucontext.h>
+
+#include <array>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "core/check.h"
+#include "core/types.h"
+
+#define FIPS_DEVICE static inline
+#define FIPS_KERNEL(threads, min_blocks) void
+#define FIPS_UNROLL
+#define FIPS_UNROLL_BY(count)
+
+namespace fips::cuda {
+namespace emulation {
+
+inline constexpr int kLanes = 32;
+
+struct Copy {
+  unsigned char* target;
+  const unsigned char* source;
+  int bytes;
+};
+
+struct Fibre {
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack;
+  std::deque<std::vector<Copy>> groups;
+  std::vector<Copy> open_group;
+  bool done = false;
+};
+
+// A meeting point of `size` threads; `generation` counts how often all have met.
+struct Meeting {
+  int size = 0, arrived = 0, generation = 0;
+};
+
+struct Warp {
+  Meeting meeting;
+  unsigned char slots[2][kLanes][64];  // two, so that a fast lane cannot overwrite what a slow one reads
+};
+
+class Block {
+ public:
+  Block(int threads, int shared_bytes, int64_t index, bool reverse)
+      : index(index), fibres_(threads), warps_(threads / kLanes), reverse_(reverse) {
+    shared_storage_.assign(shared_bytes + 128, 0xff);
+    barrier_.size = threads;
+    for (Warp& warp : warps_) {
+      warp.meeting.size = kLanes;
+    }
+  }
+
+  void run(const std::function<void()>& kernel) {
+    kernel_ = &kernel;
+    current() = this;
+    for (Fibre& fibre : fibres_) {
+      start(fibre);
+    }
+    while (resume_all()) {
+    }
+    current() = nullptr;
+  }
+
+  static Block*& current() {
+    static Block* block = nullptr;
+    return block;
+  }
+
+  unsigned char* shared() {
+    const auto address = reinterpret_cast<uintptr_t>(shared_storage_.data());
+    return shared_storage_.data() + (128 - address % 128) % 128;
+  }
+
+  void barrier() { meet(barrier_); }
+
+  // Every lane's `value`, once all lanes of the warp have brought theirs.
+  template <class Value>
+  std::array<Value, kLanes> exchange(const Value& value) {
+    static_assert(sizeof(Value) <= 64, "one slot");
+    Warp& warp = warps_[thread / kLanes];
+    const int side = warp.meeting.generation & 1;
+    memcpy(warp.slots[side][thread % kLanes], &value, sizeof value);
+    meet(warp.meeting);
+    std::array<Value, kLanes> values;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      memcpy(&values[lane], warp.slots[side][lane], sizeof value);
+    }
+    return values;
+  }
+
+  Fibre& fibre() { return fibres_[thread]; }
+
+  int thread = 0;
+  int64_t index;
+
+ private:
+  static constexpr size_t kStackBytes = 128 * 1024;
+
+  static void enter() {
+    Block* block = current();
+    (*block->kernel_)();
+    block->fibre().done = true;
+    ++block->progress_;
+    swapcontext(&block->fibre().context, &block->scheduler_);
+  }
+
+  void start(Fibre& fibre) {
+    fibre.stack.reset(new unsigned char[kStackBytes]);
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack.get();
+    fibre.context.uc_stack.ss_size = kStackBytes;
+    fibre.context.uc_link = nullptr;
+    makecontext(&fibre.context, &Block::enter, 0);
+  }
+
+  // Lets every unfinished thread run on once; false when all are done.
+  bool resume_all() {
+    const int count = static_cast<int>(fibres_.size());
+    const int64_t before = progress_;
+    bool unfinished = false;
+    for (int i = 0; i < count; ++i) {
+      thread = reverse_ ? count - 1 - i : i;
+      if (!fibre().done) {
+        unfinished = true;
+        swapcontext(&scheduler_, &fibre().context);
+      }
+    }
+    FIPS_CHECK(!unfinished || progress_ != before,
+               "emulation: deadlock, the threads of a block wait for each other at different places");
+    return unfinished;
+  }
+
+  void meet(Meeting& meeting) {
+    ++progress_;
+    const int generation = meeting.generation;
+    if (++meeting.arrived == meeting.size) {
+      meeting.arrived = 0;
+      ++meeting.generation;
+      return;
+    }
+    while (meeting.generation == generation) {
+      swapcontext(&fibre().context, &scheduler_);
+    }
+  }
+
+  std::vector<Fibre> fibres_;
+  std::vector<Warp> warps_;
+  std::vector<unsigned char> shared_storage_;
+  Meeting barrier_;
+  ucontext_t scheduler_;
+  const std::function<void()>* kernel_ = nullptr;
+  int64_t progress_ = 0;
+  bool reverse_;
+};
+
+template <class Kernel, class Task>
+void launch(Kernel* kernel, int64_t blocks, int threads, int shared_bytes, const Task& task, bool reverse) {
+  for (int64_t index = 0; index < blocks; ++index) {
+    Block block(threads, shared_bytes, index, reverse);
+    block.run([&] { kernel(task); });
+  }
+}
+
+inline void perform(const Copy& copy) {
+  memset(copy.target, 0, 16);
+  memcpy(copy.target, copy.source, static_cast<size_t>(copy.bytes));
+}
+
+}  // namespace emulation
+
+// ---- threads -------------------------------------------------------------------------------------
+
+FIPS_DEVICE int thread_index() { return emulation::Block::current()->thread; }
+FIPS_DEVICE int64_t block_index() { return emulation::Block::current()->index; }
+FIPS_DEVICE void block_barrier() { emulation::Block::current()->barrier(); }
+FIPS_DEVICE unsigned char* dynamic_shared_memory() { return emulation::Block::current()->shared(); }
+
+FIPS_DEVICE uint32_t shuffle(uint32_t value, int source) {
+  return emulation::Block::current()->exchange(value)[source % emulation::kLanes];
+}
+
+FIPS_DEVICE int popcount(uint32_t bits) { return __builtin_popcount(bits); }
+
+// ---- copies to shared memory ---------------------------------------------------------------------
+
+using SharedAddress = uintptr_t;
+
+FIPS_DEVICE SharedAddress shared_address(const void* pointer) {
+  return reinterpret_cast<SharedAddress>(pointer);
+}
+
+FIPS_DEVICE void cp_async_16(SharedAddress target, const void* source, int bytes) {
+  FIPS_CHECK(target % 16 == 0 && reinterpret_cast<uintptr_t>(source) % 16 == 0,
+             "emulation: cp.async of 16 bytes between unaligned addresses");
+  emulation::Block::current()->fibre().open_group.push_back(
+      {reinterpret_cast<unsigned char*>(target), static_cast<const unsigned char*>(source), bytes});
+}
+
+FIPS_DEVICE void cp_async_commit() {
+  emulation::Fibre& fibre = emulation::Block::current()->fibre();
+  fibre.groups.push_back(std::move(fibre.open_group));
+  fibre.open_group.clear();
+}
+
+template <int kPending>
+FIPS_DEVICE void cp_async_wait() {
+  auto& groups = emulation::Block::current()->fibre().groups;
+  while (groups.size() > kPending) {
+    for (const emulation::Copy& copy : groups.front()) {
+      emulation::perform(copy);
+    }
+    groups.pop_front();
+  }
+}
+
+// ---- tensor cores --------------------------------------------------------------------------------
+
+namespace emulation {
+
+struct Operands {
+  uint32_t a[4], b[2];
+};
+
+FIPS_DEVICE uint16_t half_of(uint32_t word, int which) { return static_cast<uint16_t>(word >> (16 * which)); }
+
+// Element (row, k) of A and (k, column) of B, from the lane and register that hold it.
+template <class T>
+FIPS_DEVICE float a_element(const std::array<Operands, kLanes>& lanes, int row, int k) {
+  const Operands& lane = lanes[row % 8 * 4 + k % 8 / 2];
+  return to_accumulator(T{half_of(lane.a[row / 8 + k / 8 * 2], k % 2)});
+}
+template <class T>
+FIPS_DEVICE float b_element(const std::array<Operands, kLanes>& lanes, int k, int column) {
+  const Operands& lane = lanes[column * 4 + k % 8 / 2];
+  return to_accumulator(T{half_of(lane.b[k / 8], k % 2)});
+}
+
+FIPS_DEVICE uint16_t load_half(SharedAddress row, int column) {
+  uint16_t bits;
+  memcpy(&bits, reinterpret_cast<const unsigned char*>(row) + 2 * column, sizeof bits);
+  return bits;
+}
+
+FIPS_DEVICE void ldmatrix(uint32_t (&r)[4], SharedAddress row, bool transpose) {
+  FIPS_CHECK(row % 16 == 0, "emulation: ldmatrix reads rows of 16 aligned bytes");
+  const std::array<SharedAddress, kLanes> rows = Block::current()->exchange(row);
+  const int lane = Block::current()->thread % kLanes, outer = lane / 4, inner = lane % 4 * 2;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint32_t pair[2];
+    for (int i = 0; i < 2; ++i) {
+      pair[i] = transpose ? load_half(rows[matrix * 8 + inner + i], outer)
+                          : load_half(rows[matrix * 8 + outer], inner + i);
+    }
+    r[matrix] = pair[0] | pair[1] << 16;
+  }
+}
+
+}  // namespace emulation
+
+FIPS_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) { emulation::ldmatrix(r, row, false); }
+FIPS_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) {
+  emulation::ldmatrix(r, row, true);
+}
+
+template <class T>
+FIPS_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  auto* block = emulation::Block::current();
+  const auto lanes = block->exchange(emulation::Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const int lane = block->thread % emulation::kLanes;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      d[i] += emulation::a_element<T>(lanes, row, k) * emulation::b_element<T>(lanes, k, column);
+    }
+  }
+}
+
+// ---- element types -------------------------------------------------------------------------------
+
+template <class T>
+FIPS_DEVICE float to_float(T x) {
+  return to_accumulator(x);
+}
+template <class T>
+FIPS_DEVICE T from_float(float x) {
+  return FromAccumulator<T>::convert(x);
+}
+
+}  // namespace fips::cuda
