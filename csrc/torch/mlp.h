@@ -35,8 +35,8 @@ class Mlp {
   std::optional<Tensor> backward(const Tensor& grad_y, const Tensor& x, const MlpGradients& sums,
                                  bool need_dx) const;
 
-  // The sums times `scale`, in the parameters' dtype, in the order of the schemas; absent ones are empty.
-  std::vector<Tensor> finish(const MlpGradients& sums, double scale, const Tensor& like) const;
+  // The sums times `scale`, rounded to `dtype`, in the order of the schemas; absent ones are empty.
+  std::vector<Tensor> finish(const MlpGradients& sums, double scale, DType dtype, const Tensor& like) const;
 
  private:
   struct Hidden {

@@ -172,17 +172,18 @@ OptionalTensor Mlp::backward(const Tensor& grad_y, const Tensor& x, const MlpGra
                    : torch::stable::subtract(dx, torch::stable::matmul(dz_base, transposed(base_)), -1.0);
 }
 
-std::vector<Tensor> Mlp::finish(const MlpGradients& sums, double scale, const Tensor& like) const {
+std::vector<Tensor> Mlp::finish(const MlpGradients& sums, double scale, DType dtype, const Tensor& like) const {
+  const ScalarType type = dtype == this->dtype() ? like.scalar_type() : accumulator_type(dtype);
   std::vector<Tensor> gradients;
   for (const OptionalTensor* sum : {&sums.base, &sums.base_out, &sums.up, &sums.gate, &sums.down, &sums.up_bias,
                                     &sums.gate_bias, &sums.down_bias}) {
     if (!sum->has_value()) {
-      gradients.push_back(make_empty(like, {0}));
+      gradients.push_back(make_empty(like, {0}, type));
       continue;
     }
     const Tensor& t = **sum;
-    Tensor gradient = make_empty(like, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()));
-    cpu::scale_into(gradient.mutable_data_ptr(), t.const_data_ptr(), scale, dtype(), t.numel(), kTorchThreads);
+    Tensor gradient = make_empty(like, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()), type);
+    cpu::scale_into(gradient.mutable_data_ptr(), t.const_data_ptr(), scale, dtype, t.numel(), kTorchThreads);
     gradients.push_back(gradient);
   }
   return gradients;
@@ -249,7 +250,7 @@ NineTensors shared_mlp_backward(const Tensor& grad_y, const Tensor& x, const Ten
                    *mlp.backward(token_rows(grads, first, count), token_rows(tokens, first, count), sums, true));
   });
   const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  return with_gradients(torch::stable::reshape(dx, shape), mlp.finish(sums, 1.0, x));
+  return with_gradients(torch::stable::reshape(dx, shape), mlp.finish(sums, 1.0, mlp.dtype(), x));
 }
 
 NineTensors reconstruction_loss(const Tensor& x, const Tensor& target, double scale, const Tensor& base,
@@ -279,7 +280,9 @@ NineTensors reconstruction_loss(const Tensor& x, const Tensor& target, double sc
   } else {
     *static_cast<float*>(result.mutable_data_ptr()) = static_cast<float>(scale * loss);
   }
-  return with_gradients(result, mlp.finish(sums, 2.0 * scale, x));
+  // Gradients stay in the accumulator type: a normalised loss has a tiny scale, which float16 could not hold.
+  const DType sum_type = mlp.dtype() == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  return with_gradients(result, mlp.finish(sums, 2.0 * scale, sum_type, x));
 }
 
 }  // namespace

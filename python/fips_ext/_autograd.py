@@ -31,7 +31,7 @@ def _mm_backward(ctx, grad):
     x, *v = ctx.saved_tensors
     needs_x, needs_v, *_, needs_bias = ctx.needs_input_grad
     shape = (ctx.rows, ctx.cols)
-    grad_x = ops.block_sparse_mm(grad, v, *shape, not ctx.transpose) if needs_x else None
+    grad_x = ops.block_sparse_mm(grad, v, *shape, not ctx.transpose, None) if needs_x else None
     grad_v = None
     if needs_v[0]:
         a, b = (grad, x) if ctx.transpose else (x, grad)
@@ -53,8 +53,8 @@ def _sddmm_backward(ctx, grad):
     needs_a, needs_b, *_ = ctx.needs_input_grad
     weighted = [grad.contiguous(), *v[1:]]
     shape = (ctx.rows, ctx.cols)
-    grad_a = ops.block_sparse_mm(b, weighted, *shape, True) if needs_a else None
-    grad_b = ops.block_sparse_mm(a, weighted, *shape, False) if needs_b else None
+    grad_a = ops.block_sparse_mm(b, weighted, *shape, True, None) if needs_a else None
+    grad_b = ops.block_sparse_mm(a, weighted, *shape, False, None) if needs_b else None
     return grad_a, grad_b, _slice_grad(None, v), None, None
 
 
@@ -124,6 +124,7 @@ def _loss_setup(ctx, inputs, output):
     parameters = inputs[3:11]
     ctx.lengths = [len(p) if isinstance(p, list | tuple) else None for p in parameters]
     ctx.absent = [p is None for p in parameters]
+    ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -135,7 +136,7 @@ def _loss_backward(ctx, grad_loss, *_unused):
         if absent or grad_loss is None:
             ordered.append(None if length is None else [None] * length)
             continue
-        scaled = grad * grad_loss.to(grad.dtype)
+        scaled = (grad * grad_loss).to(ctx.dtype)  # the sums are float32
         ordered.append(scaled if length is None else [scaled, *[None] * (length - 1)])
     return None, None, None, *ordered, None, None, None
 

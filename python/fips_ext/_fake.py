@@ -10,7 +10,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _block_sparse_mm(x, v, rows, cols, transpose=False, bias=None):
+def _block_sparse_mm(x, v, rows, cols, transpose, bias):
     return x.new_empty(*x.shape[:-1], rows if transpose else cols)
 
 
@@ -18,15 +18,15 @@ def _block_sparse_sddmm(a, b, v, rows, cols):
     return a.new_empty(v[0].shape)
 
 
-def _contiguous_like(t: Tensor) -> Tensor:
-    return t.new_empty(t.shape)
+def _contiguous_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return t.new_empty(t.shape, dtype=dtype)
 
 
 def _shared_mlp(x, *_args):
     return _contiguous_like(x)
 
 
-def _gradients(like, base, base_out, up, gate, down, up_bias, gate_bias, down_bias):
+def _gradients(like, dtype, base, base_out, up, gate, down, up_bias, gate_bias, down_bias):
     sources = (
         base,
         base_out,
@@ -37,15 +37,18 @@ def _gradients(like, base, base_out, up, gate, down, up_bias, gate_bias, down_bi
         gate_bias,
         down_bias,
     )
-    return tuple(like.new_empty(0) if t is None else _contiguous_like(t) for t in sources)
+    return tuple(
+        like.new_empty(0, dtype=dtype) if t is None else _contiguous_like(t, dtype) for t in sources
+    )
 
 
 def _shared_mlp_backward(grad_y, x, *args):
-    return (_contiguous_like(x), *_gradients(x, *args[:8]))
+    return (_contiguous_like(x), *_gradients(x, x.dtype, *args[:8]))
 
 
 def _reconstruction_loss(x, target, scale, *args):
-    return (x.new_empty((), dtype=_accumulator(x.dtype)), *_gradients(x, *args[:8]))
+    dtype = _accumulator(x.dtype)
+    return (x.new_empty((), dtype=dtype), *_gradients(x, dtype, *args[:8]))
 
 
 def _batched_rsvd(w, rank, oversample=8, power_iters=2, seed=0):
