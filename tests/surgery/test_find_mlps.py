@@ -15,6 +15,8 @@ from fips_ext.surgery import find_mlps
 
 from ..tiny_models import CASES, HIDDEN, LAYERS, VOCABULARY, WIDTH, Block, GatedMLP, PlainMLP, Stack, build
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 
 class Function(nn.Module):
     """An activation as a module."""

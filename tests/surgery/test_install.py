@@ -12,6 +12,8 @@ from fips_ext.surgery import AbsorbedLinear, find_mlps
 
 from ..tiny_models import CASES, GatedMLP, PlainMLP, Stack, build, share, shared_from_dense
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 
 @pytest.mark.parametrize("encoding", ["block", "bitmap"])
 @pytest.mark.parametrize("name", CASES)

@@ -56,8 +56,8 @@ def match_intermediate(module: nn.Module, up: nn.Linear) -> list[str]:
     random = torch.Generator().manual_seed(0)
     up_ = _stand_in(random, _WIDTH, _HIDDEN, up.bias is not None)
     x = _input(random, _WIDTH)
-    y = _run(_copy_with(module, {up: up_}), x)
-    return [name for name, act in _nonlinear() if _equal(y, act(up_(x)))]
+    y, hidden = _run(_copy_with(module, {up: up_}), x), up_(x)
+    return [name for name, act in _nonlinear() if _equal(y, act(hidden))]
 
 
 def starts_with(module: nn.Module, down: nn.Linear) -> bool:
@@ -106,14 +106,17 @@ def _match_roles(module: nn.Module, others: list[nn.Linear], down: nn.Linear) ->
     x = _input(random, _WIDTH)
     stand_ins = {down: down_, **dict(zip(others, others_, strict=True))}
     y = _run(_copy_with(module, stand_ins), x)
+    if y is None:
+        return []
+    maps = [linear(x) for linear in others_]
     if len(others) == 1:
-        up, up_ = others[0], others_[0]
-        return [Formula(name, up, None, down) for name, act in _nonlinear() if _equal(y, down_(act(up_(x))))]
+        up = others[0]
+        return [Formula(name, up, None, down) for name, act in _nonlinear() if _equal(y, down_(act(maps[0])))]
     found = []
     for name, act in ACTIVATIONS.items():
         # Without an activation gate and up are interchangeable: one order stands for both.
         for gate, up in ((0, 1),) if name == "identity" else ((0, 1), (1, 0)):
-            if _equal(y, down_(act(others_[gate](x)) * others_[up](x))):
+            if _equal(y, down_(act(maps[gate]) * maps[up])):
                 found.append(Formula(name, others[up], others[gate], down))
     return found
 
