@@ -1,5 +1,5 @@
-// Error policy: a wrong argument throws fips::Error with a message that names the argument, what was
-// given, what is allowed and what to do. Nothing in the library calls exit or abort.
+// Error policy: a wrong argument throws fips::Error with a message that names the argument, what
+// was given, what is allowed and what to do. Nothing in the library calls exit or abort.
 #pragma once
 
 #include <sstream>

@@ -34,7 +34,8 @@ bool any_kept(const uint8_t* keep, int64_t row, int64_t column, const PackedSlic
   return false;
 }
 
-void append_block(const uint8_t* dense, const uint8_t* keep, int64_t row, int64_t column, PackedSlice& s) {
+void append_block(const uint8_t* dense, const uint8_t* keep, int64_t row, int64_t column,
+                  PackedSlice& s) {
   const int64_t size = s.element_size;
   if (!s.bitmap) {
     const size_t start = s.values.size();
@@ -52,7 +53,8 @@ void append_block(const uint8_t* dense, const uint8_t* keep, int64_t row, int64_
   for_each_slot(row, column, s, [&](int64_t j, int64_t k, bool inside) {
     const int64_t at = (row + k) * s.cols + column + j;
     if (inside && keep[at] != 0) {
-      s.mask[mask_start + static_cast<size_t>((j * s.bk + k) / 8)] |= static_cast<uint8_t>(1u << (k % 8));
+      s.mask[mask_start + static_cast<size_t>((j * s.bk + k) / 8)] |=
+          static_cast<uint8_t>(1u << (k % 8));
       s.values.insert(s.values.end(), dense + at * size, dense + (at + 1) * size);
     }
   });
@@ -84,11 +86,11 @@ BlockSparseView PackedSlice::view(DType dtype) const {
   return v;
 }
 
-PackedSlice pack(const void* dense, const uint8_t* keep, int64_t rows, int64_t cols, int32_t bk, int32_t bn,
-                 int32_t element_size, bool bitmap) {
+PackedSlice pack(const void* dense, const uint8_t* keep, int64_t rows, int64_t cols, int32_t bk,
+                 int32_t bn, int32_t element_size, bool bitmap) {
   check_shape(rows, cols, bk, bn);
-  FIPS_CHECK(element_size == 2 || element_size == 4 || element_size == 8, "element_size: got ", element_size,
-             "; allowed are 2, 4 and 8");
+  FIPS_CHECK(element_size == 2 || element_size == 4 || element_size == 8, "element_size: got ",
+             element_size, "; allowed are 2, 4 and 8");
   PackedSlice s;
   s.rows = rows;
   s.cols = cols;
@@ -118,12 +120,14 @@ void derive_index(PackedSlice& s) {
              "col_ptr: must hold ", nbn + 1, " entries from 0 to ", blocks);
   s.row_ptr.assign(static_cast<size_t>(nbk) + 1, 0);
   for (int64_t column = 0; column < nbn; ++column) {
-    FIPS_CHECK(s.col_ptr[column] <= s.col_ptr[column + 1], "col_ptr: decreases at entry ", column + 1);
+    FIPS_CHECK(s.col_ptr[column] <= s.col_ptr[column + 1], "col_ptr: decreases at entry ",
+               column + 1);
     for (int64_t b = s.col_ptr[column]; b < s.col_ptr[column + 1]; ++b) {
-      FIPS_CHECK(s.row_idx[b] >= 0 && s.row_idx[b] < nbk, "row_idx: entry ", b, " is ", s.row_idx[b],
-                 "; it must lie in [0, ", nbk, ")");
+      FIPS_CHECK(s.row_idx[b] >= 0 && s.row_idx[b] < nbk, "row_idx: entry ", b, " is ",
+                 s.row_idx[b], "; it must lie in [0, ", nbk, ")");
       FIPS_CHECK(b == s.col_ptr[column] || s.row_idx[b - 1] < s.row_idx[b],
-                 "row_idx: must increase strictly inside each block column, but does not at entry ", b);
+                 "row_idx: must increase strictly inside each block column, but does not at entry ",
+                 b);
       ++s.row_ptr[static_cast<size_t>(s.row_idx[b]) + 1];
     }
   }
@@ -144,8 +148,8 @@ void derive_index(PackedSlice& s) {
     return;
   }
   const int64_t mask_bytes = int64_t{s.bk} * s.bn / 8;
-  FIPS_CHECK(static_cast<int64_t>(s.mask.size()) == blocks * mask_bytes, "mask: must hold ", mask_bytes,
-             " bytes for each of the ", blocks, " stored blocks, got ", s.mask.size());
+  FIPS_CHECK(static_cast<int64_t>(s.mask.size()) == blocks * mask_bytes, "mask: must hold ",
+             mask_bytes, " bytes for each of the ", blocks, " stored blocks, got ", s.mask.size());
   s.block_ptr.assign(1, 0);
   int64_t total = 0;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -155,8 +159,8 @@ void derive_index(PackedSlice& s) {
     FIPS_CHECK(total <= INT32_MAX, "values: a slice holds at most ", INT32_MAX, " values");
     s.block_ptr.push_back(static_cast<int32_t>(total));
   }
-  FIPS_CHECK(total == s.num_values(), "values: the mask keeps ", total, " slots, but ", s.num_values(),
-             " values are given");
+  FIPS_CHECK(total == s.num_values(), "values: the mask keeps ", total, " slots, but ",
+             s.num_values(), " values are given");
 }
 
 void unpack(const PackedSlice& s, void* dense) {
@@ -177,8 +181,8 @@ void unpack(const PackedSlice& s, void* dense) {
           from = packed++;
         }
         if (inside) {
-          std::memcpy(out + ((row + k) * s.cols + column + j) * size, &s.values[static_cast<size_t>(from * size)],
-                      static_cast<size_t>(size));
+          std::memcpy(out + ((row + k) * s.cols + column + j) * size,
+                      &s.values[static_cast<size_t>(from * size)], static_cast<size_t>(size));
         }
       });
     }

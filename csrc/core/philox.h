@@ -1,6 +1,6 @@
-// Counter-based random numbers (Philox4x32-10; Salmon, Moraes, Dror, Shaw, SC'11) and standard normals
-// from them by Box-Muller. A sample is a pure function of (seed, index): the same on any device and with
-// any number of threads.
+// Counter-based random numbers (Philox4x32-10; Salmon, Moraes, Dror, Shaw, SC'11) and standard
+// normals from them by Box-Muller. A sample is a pure function of (seed, index): the same on any
+// device and with any number of threads.
 #pragma once
 
 #include <cmath>

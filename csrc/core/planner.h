@@ -1,5 +1,6 @@
-// Which way a product with a slice runs on the CPU: a pure function of the call, so that it can be tested
-// and read. Thresholds come from benchmarks/bench_block_sparse_mm.py on AVX-512 and are deliberately few.
+// Which way a product with a slice runs on the CPU: a pure function of the call, so that it can be
+// tested and read. Thresholds come from benchmarks/bench_block_sparse_mm.py on AVX-512 and are
+// deliberately few.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,8 @@ struct MmShape {
 };
 
 inline MmPath choose_mm_path(const MmShape& shape) {
-  // Filling V up costs one write of the dense matrix; below a few dozen tokens that is all the time there is.
+  // Filling V up costs one write of the dense matrix; below a few dozen tokens that is all the time
+  // there is.
   if (shape.tokens < 32) {
     return MmPath::kSparse;
   }

@@ -26,17 +26,19 @@ py::dict pack(const py::array& dense, const ByteMatrix& keep, std::pair<int32_t,
   FIPS_CHECK(keep.ndim() == 2 && keep.shape(0) == dense.shape(0) && keep.shape(1) == dense.shape(1),
              "keep: must have the shape of dense");
   const py::array rows = py::array::ensure(dense, py::array::c_style);
-  const fips::PackedSlice slice =
-      fips::pack(rows.data(), reinterpret_cast<const uint8_t*>(keep.data()), dense.shape(0), dense.shape(1),
-                 block.first, block.second, static_cast<int32_t>(dense.itemsize()), encoding == "bitmap");
+  const fips::PackedSlice slice = fips::pack(
+      rows.data(), reinterpret_cast<const uint8_t*>(keep.data()), dense.shape(0), dense.shape(1),
+      block.first, block.second, static_cast<int32_t>(dense.itemsize()), encoding == "bitmap");
   const std::vector<py::ssize_t> count = {static_cast<py::ssize_t>(slice.num_values())};
   py::array values(dense.dtype(), count);
   std::memcpy(values.mutable_data(), slice.values.data(), slice.values.size());
-  py::dict result("rows"_a = slice.rows, "cols"_a = slice.cols, "block"_a = block, "encoding"_a = encoding,
-                  "col_ptr"_a = to_array(slice.col_ptr), "row_idx"_a = to_array(slice.row_idx),
-                  "row_ptr"_a = to_array(slice.row_ptr), "col_idx"_a = to_array(slice.col_idx),
-                  "block_id"_a = to_array(slice.block_id), "stored_bytes"_a = slice.stored_bytes());
-  const std::vector<py::ssize_t> grid = {static_cast<py::ssize_t>(slice.num_blocks()), slice.bn, slice.bk};
+  py::dict result("rows"_a = slice.rows, "cols"_a = slice.cols, "block"_a = block,
+                  "encoding"_a = encoding, "col_ptr"_a = to_array(slice.col_ptr),
+                  "row_idx"_a = to_array(slice.row_idx), "row_ptr"_a = to_array(slice.row_ptr),
+                  "col_idx"_a = to_array(slice.col_idx), "block_id"_a = to_array(slice.block_id),
+                  "stored_bytes"_a = slice.stored_bytes());
+  const std::vector<py::ssize_t> grid = {static_cast<py::ssize_t>(slice.num_blocks()), slice.bn,
+                                         slice.bk};
   if (slice.bitmap) {
     result["mask"] = to_array(slice.mask).reshape({grid[0], grid[1], grid[2] / 8});
     result["block_ptr"] = to_array(slice.block_ptr);
@@ -49,7 +51,7 @@ py::dict pack(const py::array& dense, const ByteMatrix& keep, std::pair<int32_t,
 
 template <class T>
 std::vector<T> to_vector(const py::object& source) {
-  const auto array = py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(source);
+  const auto array = py::array_t < T, py::array::c_style | py::array::forcecast > ::ensure(source);
   FIPS_CHECK(static_cast<bool>(array), "slice: an index or mask entry is not an array of integers");
   return std::vector<T>(array.data(), array.data() + array.size());
 }
@@ -72,10 +74,11 @@ py::array unpack(const py::dict& packed) {
   const auto* bytes = static_cast<const uint8_t*>(values.data());
   slice.values.assign(bytes, bytes + values.nbytes());
   fips::derive_index(slice);
-  FIPS_CHECK(slice.bitmap || slice.num_values() == slice.num_blocks() * slice.bk * slice.bn, "values: hold ",
-             slice.num_values(), " numbers; ", slice.num_blocks(), " blocks of ", slice.bk, "x", slice.bn, " need ",
-             slice.num_blocks() * slice.bk * slice.bn);
-  const std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(slice.rows), static_cast<py::ssize_t>(slice.cols)};
+  FIPS_CHECK(slice.bitmap || slice.num_values() == slice.num_blocks() * slice.bk * slice.bn,
+             "values: hold ", slice.num_values(), " numbers; ", slice.num_blocks(), " blocks of ",
+             slice.bk, "x", slice.bn, " need ", slice.num_blocks() * slice.bk * slice.bn);
+  const std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(slice.rows),
+                                          static_cast<py::ssize_t>(slice.cols)};
   py::array dense(values.dtype(), shape);
   fips::unpack(slice, dense.mutable_data());
   return dense;
@@ -91,8 +94,12 @@ py::dict cpu_features() {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Block-sparse packing and CPU facts without torch, on NumPy arrays.";
   m.attr("version") = FIPS_VERSION;
-  m.def("pack", &pack, "dense"_a, "keep"_a, "block"_a = std::pair<int32_t, int32_t>(64, 64), "encoding"_a = "block",
-        "Pack the kept entries of a [r, n] matrix of 2-, 4- or 8-byte elements; returns a dict of arrays.");
-  m.def("unpack", &unpack, "packed"_a, "The dense [r, n] matrix of a dict made by pack; validates every index.");
-  m.def("cpu_features", &cpu_features, "Detected and active instruction set (see FIPS_CPU_CAPABILITY).");
+  m.def("pack", &pack, "dense"_a, "keep"_a, "block"_a = std::pair<int32_t, int32_t>(64, 64),
+        "encoding"_a = "block",
+        "Pack the kept entries of a [r, n] matrix of 2-, 4- or 8-byte elements; returns a dict of "
+        "arrays.");
+  m.def("unpack", &unpack, "packed"_a,
+        "The dense [r, n] matrix of a dict made by pack; validates every index.");
+  m.def("cpu_features", &cpu_features,
+        "Detected and active instruction set (see FIPS_CPU_CAPABILITY).");
 }

@@ -1,4 +1,5 @@
-// Element-wise part of the MLP: h = act(up), or h = act(gate) * up for a gated MLP, and its gradient.
+// Element-wise part of the MLP: h = act(up), or h = act(gate) * up for a gated MLP, and its
+// gradient.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +29,9 @@ struct ActivationParams {
   Activation activation = Activation::kIdentity;
   DType dtype = DType::kFloat32;
   int64_t count = 0;
-  void* up = nullptr;    // pre-activation; backward: overwritten by its gradient
-  void* gate = nullptr;  // pre-activation of the gate, or null; backward: overwritten by its gradient
+  void* up = nullptr;  // pre-activation; backward: overwritten by its gradient
+  void* gate =
+      nullptr;  // pre-activation of the gate, or null; backward: overwritten by its gradient
   const void* grad_h = nullptr;  // backward only
   void* h = nullptr;             // the result; may be `up` in forward
 };

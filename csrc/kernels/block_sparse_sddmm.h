@@ -1,5 +1,5 @@
-// Sampled dense-dense product: values_out = (a^T * b) on the stored slots of V, with a [tokens, r] and
-// b [tokens, n]. It is the gradient of x * V with respect to the stored values.
+// Sampled dense-dense product: values_out = (a^T * b) on the stored slots of V, with a [tokens, r]
+// and b [tokens, n]. It is the gradient of x * V with respect to the stored values.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
-// Small sums around the products: gradient accumulation in the accumulator type (float, or double for
-// float64) and the residual of the reconstruction loss. All are deterministic for any number of threads.
+// Small sums around the products: gradient accumulation in the accumulator type (float, or double
+// for float64) and the residual of the reconstruction loss. All are deterministic for any number of
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +18,11 @@ void add_column_sums(void* sums, const void* matrix, DType dtype, int64_t rows, 
                      const Parallel& parallel);
 
 // out[i] = scale * sums[i], rounded to `dtype`
-void scale_into(void* out, const void* sums, double scale, DType dtype, int64_t count, const Parallel& parallel);
+void scale_into(void* out, const void* sums, double scale, DType dtype, int64_t count,
+                const Parallel& parallel);
 
 // y[i] -= target[i]; returns the sum of squared differences.
-double subtract_target(void* y, const void* target, DType dtype, int64_t count, const Parallel& parallel);
+double subtract_target(void* y, const void* target, DType dtype, int64_t count,
+                       const Parallel& parallel);
 
 }  // namespace fips::cpu

@@ -27,4 +27,6 @@ std::string build_info() {
 }  // namespace
 }  // namespace fips
 
-STABLE_TORCH_LIBRARY_IMPL(fips, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&fips::build_info)); }
+STABLE_TORCH_LIBRARY_IMPL(fips, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&fips::build_info));
+}

@@ -17,7 +17,8 @@ class Factor {
   const Tensor& values() const { return slice_.values(); }
 
   // x V + bias or x V^T + bias, for x [tokens, features] contiguous.
-  Tensor mm(const Tensor& x, bool transpose, const std::optional<Tensor>& bias = std::nullopt) const;
+  Tensor mm(const Tensor& x, bool transpose,
+            const std::optional<Tensor>& bias = std::nullopt) const;
 
   // sums += a^T b on the stored slots; sums has the shape of the values, in the accumulator type.
   void add_sddmm(const Tensor& a, const Tensor& b, const Tensor& sums) const;

@@ -24,7 +24,8 @@ Tensor Factor::mm(const Tensor& x, bool transpose, const std::optional<Tensor>& 
     return call_aten("aten::linear", "", x, weight, bias)[0];
   }
   Tensor out = make_empty(x, {p.tokens, p.out_features()});
-  const TensorList dense_bias = bias.has_value() ? TensorList{torch::stable::contiguous(*bias)} : TensorList{};
+  const TensorList dense_bias =
+      bias.has_value() ? TensorList{torch::stable::contiguous(*bias)} : TensorList{};
   p.x = x.const_data_ptr();
   p.x_stride = p.in_features();
   p.bias = dense_bias.empty() ? nullptr : dense_bias[0].const_data_ptr();
@@ -38,7 +39,8 @@ Tensor Factor::mm(const Tensor& x, bool transpose, const std::optional<Tensor>& 
 void Factor::add_sddmm(const Tensor& a, const Tensor& b, const Tensor& sums) const {
   const int64_t tokens = a.size(0);
   if (choose_mm_path(mm_shape(view(), tokens)) == MmPath::kDensified) {
-    const Tensor dense = torch::stable::contiguous(torch::stable::matmul(transposed(b), a));  // [n, r]
+    const Tensor dense =
+        torch::stable::contiguous(torch::stable::matmul(transposed(b), a));  // [n, r]
     cpu::gather_stored(view(), dense.const_data_ptr(), view().dtype, sums.mutable_data_ptr(), true,
                        kTorchThreads);
     return;

@@ -9,11 +9,12 @@ constexpr int64_t kChunkTokens = 8192;  // bounds the copy of x in the Gram matr
 void gram_update(Tensor gram, const Tensor& x) {
   const ScalarType type = gram.scalar_type();
   FIPS_CHECK(type == ScalarType::Float || type == ScalarType::Double, "gram: dtype is ",
-             torch::headeronly::toString(type), "; second moments are summed in float32 or float64");
+             torch::headeronly::toString(type),
+             "; second moments are summed in float32 or float64");
   const int64_t width = last_dim(x, "x");
   dtype_of(x, "x");
-  FIPS_CHECK(gram.dim() == 2 && gram.size(0) == width && gram.size(1) == width, "gram: expected shape [", width,
-             ", ", width, "] to match x, got ", shape_of(gram));
+  FIPS_CHECK(gram.dim() == 2 && gram.size(0) == width && gram.size(1) == width,
+             "gram: expected shape [", width, ", ", width, "] to match x, got ", shape_of(gram));
   FIPS_CHECK(gram.is_contiguous(), "gram: must be contiguous, it is updated in place");
   check_same_device(gram, x, "gram");
   const Tensor tokens = flatten_tokens(x);
@@ -23,7 +24,8 @@ void gram_update(Tensor gram, const Tensor& x) {
     const Tensor rows = torch::stable::to(
         torch::stable::narrow(all, 0, first, min_of(kChunkTokens, tokens.size(0) - first)), type);
     const Tensor moment = torch::stable::contiguous(torch::stable::matmul(transposed(rows), rows));
-    cpu::add_into(gram.mutable_data_ptr(), moment.const_data_ptr(), dtype, moment.numel(), kTorchThreads);
+    cpu::add_into(gram.mutable_data_ptr(), moment.const_data_ptr(), dtype, moment.numel(),
+                  kTorchThreads);
   }
 }
 
@@ -48,8 +50,9 @@ std::tuple<Tensor, Tensor> batched_gram_eigh(const Tensor& w, double damping) {
   const Tensor wide = torch::stable::to(w, is_double ? ScalarType::Double : ScalarType::Float);
   const Tensor gram = torch::stable::contiguous(torch::stable::matmul(wide, transposed(wide)));
   if (damping > 0 && gram.numel() > 0) {
-    is_double ? add_damping(static_cast<double*>(gram.mutable_data_ptr()), w.size(0), w.size(1), damping)
-              : add_damping(static_cast<float*>(gram.mutable_data_ptr()), w.size(0), w.size(1), damping);
+    is_double
+        ? add_damping(static_cast<double*>(gram.mutable_data_ptr()), w.size(0), w.size(1), damping)
+        : add_damping(static_cast<float*>(gram.mutable_data_ptr()), w.size(0), w.size(1), damping);
   }
   const auto [values, vectors] = call_aten<2>("aten::linalg_eigh", "", gram, std::string("L"));
   const std::vector<int64_t> last{-1};  // ascending to descending

@@ -1,5 +1,5 @@
-// The MLP on shared factors, on the CPU: forward and backward over a range of tokens. shared_mlp and
-// reconstruction_loss are thin wrappers around this class.
+// The MLP on shared factors, on the CPU: forward and backward over a range of tokens. shared_mlp
+// and reconstruction_loss are thin wrappers around this class.
 #pragma once
 
 #include "kernels/activation.h"
@@ -15,10 +15,11 @@ struct MlpGradients {
 class Mlp {
  public:
   // Validates everything; `x` fixes dtype and device.
-  Mlp(const Tensor& x, const Tensor& base, const std::optional<Tensor>& base_out, const TensorList& up,
-      const std::optional<TensorList>& gate, const TensorList& down, const std::optional<Tensor>& up_bias,
-      const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& down_bias, int64_t hidden,
-      const std::string& activation, bool identity);
+  Mlp(const Tensor& x, const Tensor& base, const std::optional<Tensor>& base_out,
+      const TensorList& up, const std::optional<TensorList>& gate, const TensorList& down,
+      const std::optional<Tensor>& up_bias, const std::optional<Tensor>& gate_bias,
+      const std::optional<Tensor>& down_bias, int64_t hidden, const std::string& activation,
+      bool identity);
 
   int64_t width() const { return width_; }
   DType dtype() const { return up_.view().dtype; }
@@ -36,7 +37,8 @@ class Mlp {
                                  bool need_dx) const;
 
   // The sums times `scale`, rounded to `dtype`, in the order of the schemas; absent ones are empty.
-  std::vector<Tensor> finish(const MlpGradients& sums, double scale, DType dtype, const Tensor& like) const;
+  std::vector<Tensor> finish(const MlpGradients& sums, double scale, DType dtype,
+                             const Tensor& like) const;
 
  private:
   struct Hidden {

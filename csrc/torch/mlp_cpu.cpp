@@ -1,8 +1,7 @@
-#include "torch/mlp.h"
-
 #include <functional>
 
 #include "kernels/reduce.h"
+#include "torch/mlp.h"
 
 namespace fips {
 namespace {
@@ -13,49 +12,56 @@ constexpr int64_t kChunkElements = int64_t{4} << 20;  // of one [tokens, hidden]
 
 Tensor checked_base(const Tensor& base, const Tensor& x, const char* name) {
   check_like(base, x, name);
-  FIPS_CHECK(base.dim() == 2 && base.size(0) == last_dim(x, "x"), name, ": expected shape [", last_dim(x, "x"),
-             ", r] to match x, got ", shape_of(base));
+  FIPS_CHECK(base.dim() == 2 && base.size(0) == last_dim(x, "x"), name, ": expected shape [",
+             last_dim(x, "x"), ", r] to match x, got ", shape_of(base));
   return torch::stable::contiguous(base);
 }
 
 // Rows of the slices over `base`: its columns, and d more for the identity part.
-int64_t slice_rows(const Tensor& base, bool identity) { return base.size(1) + (identity ? base.size(0) : 0); }
+int64_t slice_rows(const Tensor& base, bool identity) {
+  return base.size(1) + (identity ? base.size(0) : 0);
+}
 
 void add_product(const Tensor& sums, const Tensor& a, const Tensor& b, DType dtype) {
   if (sums.numel() == 0) {
     return;
   }
   const Tensor product = torch::stable::contiguous(torch::stable::matmul(transposed(a), b));
-  cpu::add_into(sums.mutable_data_ptr(), product.const_data_ptr(), dtype, product.numel(), kTorchThreads);
+  cpu::add_into(sums.mutable_data_ptr(), product.const_data_ptr(), dtype, product.numel(),
+                kTorchThreads);
 }
 
 void add_columns(const OptionalTensor& sums, const Tensor& matrix, DType dtype) {
   if (sums.has_value()) {
-    cpu::add_column_sums(sums->mutable_data_ptr(), matrix.const_data_ptr(), dtype, matrix.size(0), matrix.size(1),
-                         kTorchThreads);
+    cpu::add_column_sums(sums->mutable_data_ptr(), matrix.const_data_ptr(), dtype, matrix.size(0),
+                         matrix.size(1), kTorchThreads);
   }
 }
 
 }  // namespace
 
 Mlp::Mlp(const Tensor& x, const Tensor& base, const OptionalTensor& base_out, const TensorList& up,
-         const std::optional<TensorList>& gate, const TensorList& down, const OptionalTensor& up_bias,
-         const OptionalTensor& gate_bias, const OptionalTensor& down_bias, int64_t hidden,
-         const std::string& activation, bool identity)
+         const std::optional<TensorList>& gate, const TensorList& down,
+         const OptionalTensor& up_bias, const OptionalTensor& gate_bias,
+         const OptionalTensor& down_bias, int64_t hidden, const std::string& activation,
+         bool identity)
     : width_(last_dim(x, "x")),
       identity_(identity),
       activation_(parse_activation(activation)),
       base_(checked_base(base, x, "base")),
-      base_out_(base_out.has_value() ? OptionalTensor(checked_base(*base_out, x, "base_out")) : std::nullopt),
+      base_out_(base_out.has_value() ? OptionalTensor(checked_base(*base_out, x, "base_out"))
+                                     : std::nullopt),
       up_(host_slice_of(up, slice_rows(base, identity), hidden, x, "up")),
-      down_(host_slice_of(down, slice_rows(base_out.has_value() ? *base_out : base, identity), hidden, x, "down")),
+      down_(host_slice_of(down, slice_rows(base_out.has_value() ? *base_out : base, identity),
+                          hidden, x, "down")),
       up_bias_(up_bias),
       gate_bias_(gate_bias),
       down_bias_(down_bias) {
   if (gate.has_value()) {
     gate_.emplace(host_slice_of(*gate, slice_rows(base, identity), hidden, x, "gate"));
   }
-  FIPS_CHECK(gate.has_value() || !gate_bias.has_value(), "gate_bias: given without gate; leave it None");
+  FIPS_CHECK(gate.has_value() || !gate_bias.has_value(),
+             "gate_bias: given without gate; leave it None");
   check_vector(up_bias, hidden, x, "up_bias");
   check_vector(gate_bias, hidden, x, "gate_bias");
   check_vector(down_bias, width_, x, "down_bias");
@@ -78,7 +84,8 @@ Tensor Mlp::project_in(const Tensor& x, const Tensor& base) const {
 Mlp::Hidden Mlp::pre_activations(const Tensor& x) const {
   Tensor z = project_in(x, base_);
   Tensor up = up_.mm(z, false, up_bias_);
-  OptionalTensor gate = gate_.has_value() ? OptionalTensor(gate_->mm(z, false, gate_bias_)) : std::nullopt;
+  OptionalTensor gate =
+      gate_.has_value() ? OptionalTensor(gate_->mm(z, false, gate_bias_)) : std::nullopt;
   return {z, up, gate};
 }
 
@@ -101,7 +108,8 @@ Tensor Mlp::forward(const Tensor& x) const {
   // y = w_U U^T + b + w_I
   Tensor y = torch::stable::contiguous(columns(w, rank, width_));
   if (rank > 0) {
-    y = torch::stable::subtract(y, torch::stable::matmul(columns(w, 0, rank), transposed(base)), -1.0);
+    y = torch::stable::subtract(y, torch::stable::matmul(columns(w, 0, rank), transposed(base)),
+                                -1.0);
   }
   return down_bias_.has_value() ? torch::stable::subtract(y, *down_bias_, -1.0) : y;
 }
@@ -111,7 +119,9 @@ MlpGradients Mlp::zero_gradients(const Tensor& like) const {
   auto zeros = [&](const Tensor& t) {
     return make_zeros(like, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()), type);
   };
-  auto maybe = [&](const OptionalTensor& t) { return t.has_value() ? OptionalTensor(zeros(*t)) : std::nullopt; };
+  auto maybe = [&](const OptionalTensor& t) {
+    return t.has_value() ? OptionalTensor(zeros(*t)) : std::nullopt;
+  };
   MlpGradients sums;
   sums.base = zeros(base_);
   sums.base_out = maybe(base_out_);
@@ -124,7 +134,8 @@ MlpGradients Mlp::zero_gradients(const Tensor& like) const {
   return sums;
 }
 
-OptionalTensor Mlp::backward(const Tensor& grad_y, const Tensor& x, const MlpGradients& sums, bool need_dx) const {
+OptionalTensor Mlp::backward(const Tensor& grad_y, const Tensor& x, const MlpGradients& sums,
+                             bool need_dx) const {
   const Hidden hidden = pre_activations(x);
   const Tensor& base = out_base();
   const int64_t rank = base_.size(1), rank_out = base.size(1);
@@ -148,7 +159,8 @@ OptionalTensor Mlp::backward(const Tensor& grad_y, const Tensor& x, const MlpGra
   down_.add_sddmm(dw, h, *sums.down);
   if (rank_out > 0) {
     const Tensor w = down_.mm(h, true);
-    add_product(sums.base_out.has_value() ? *sums.base_out : *sums.base, grad_y, columns(w, 0, rank_out), dtype());
+    add_product(sums.base_out.has_value() ? *sums.base_out : *sums.base, grad_y,
+                columns(w, 0, rank_out), dtype());
   }
 
   up_.add_sddmm(hidden.z, hidden.up, *sums.up);
@@ -168,22 +180,26 @@ OptionalTensor Mlp::backward(const Tensor& grad_y, const Tensor& x, const MlpGra
     return torch::stable::matmul(dz_base, transposed(base_));
   }
   const Tensor dx = columns(dz, rank, width_);
-  return rank == 0 ? torch::stable::contiguous(dx)
-                   : torch::stable::subtract(dx, torch::stable::matmul(dz_base, transposed(base_)), -1.0);
+  return rank == 0
+             ? torch::stable::contiguous(dx)
+             : torch::stable::subtract(dx, torch::stable::matmul(dz_base, transposed(base_)), -1.0);
 }
 
-std::vector<Tensor> Mlp::finish(const MlpGradients& sums, double scale, DType dtype, const Tensor& like) const {
+std::vector<Tensor> Mlp::finish(const MlpGradients& sums, double scale, DType dtype,
+                                const Tensor& like) const {
   const ScalarType type = dtype == this->dtype() ? like.scalar_type() : accumulator_type(dtype);
   std::vector<Tensor> gradients;
-  for (const OptionalTensor* sum : {&sums.base, &sums.base_out, &sums.up, &sums.gate, &sums.down, &sums.up_bias,
-                                    &sums.gate_bias, &sums.down_bias}) {
+  for (const OptionalTensor* sum : {&sums.base, &sums.base_out, &sums.up, &sums.gate, &sums.down,
+                                    &sums.up_bias, &sums.gate_bias, &sums.down_bias}) {
     if (!sum->has_value()) {
       gradients.push_back(make_empty(like, {0}, type));
       continue;
     }
     const Tensor& t = **sum;
-    Tensor gradient = make_empty(like, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()), type);
-    cpu::scale_into(gradient.mutable_data_ptr(), t.const_data_ptr(), scale, dtype, t.numel(), kTorchThreads);
+    Tensor gradient =
+        make_empty(like, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()), type);
+    cpu::scale_into(gradient.mutable_data_ptr(), t.const_data_ptr(), scale, dtype, t.numel(),
+                    kTorchThreads);
     gradients.push_back(gradient);
   }
   return gradients;
@@ -209,11 +225,13 @@ void copy_rows_into(const Tensor& all, int64_t first, const Tensor& part) {
   torch::stable::copy_(target, part);
 }
 
-Tensor shared_mlp(const Tensor& x, const Tensor& base, const OptionalTensor& base_out, const TensorList& up,
-                  const std::optional<TensorList>& gate, const TensorList& down, const OptionalTensor& up_bias,
+Tensor shared_mlp(const Tensor& x, const Tensor& base, const OptionalTensor& base_out,
+                  const TensorList& up, const std::optional<TensorList>& gate,
+                  const TensorList& down, const OptionalTensor& up_bias,
                   const OptionalTensor& gate_bias, const OptionalTensor& down_bias, int64_t hidden,
                   std::string activation, bool identity) {
-  const Mlp mlp(x, base, base_out, up, gate, down, up_bias, gate_bias, down_bias, hidden, activation, identity);
+  const Mlp mlp(x, base, base_out, up, gate, down, up_bias, gate_bias, down_bias, hidden,
+                activation, identity);
   const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   const Tensor tokens = flatten_tokens(x);
   if (tokens.size(0) <= mlp.chunk_tokens()) {
@@ -226,7 +244,8 @@ Tensor shared_mlp(const Tensor& x, const Tensor& base, const OptionalTensor& bas
   return torch::stable::reshape(y, shape);
 }
 
-using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using NineTensors =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 NineTensors with_gradients(const Tensor& first, const std::vector<Tensor>& g) {
   return {first, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
@@ -236,41 +255,45 @@ NineTensors shared_mlp_backward(const Tensor& grad_y, const Tensor& x, const Ten
                                 const OptionalTensor& base_out, const TensorList& up,
                                 const std::optional<TensorList>& gate, const TensorList& down,
                                 const OptionalTensor& up_bias, const OptionalTensor& gate_bias,
-                                const OptionalTensor& down_bias, int64_t hidden, std::string activation,
-                                bool identity) {
-  const Mlp mlp(x, base, base_out, up, gate, down, up_bias, gate_bias, down_bias, hidden, activation, identity);
+                                const OptionalTensor& down_bias, int64_t hidden,
+                                std::string activation, bool identity) {
+  const Mlp mlp(x, base, base_out, up, gate, down, up_bias, gate_bias, down_bias, hidden,
+                activation, identity);
   check_like(grad_y, x, "grad_y");
-  FIPS_CHECK(shape_of(grad_y) == shape_of(x), "grad_y: shape is ", shape_of(grad_y), "; expected that of x, ",
-             shape_of(x));
+  FIPS_CHECK(shape_of(grad_y) == shape_of(x), "grad_y: shape is ", shape_of(grad_y),
+             "; expected that of x, ", shape_of(x));
   const Tensor tokens = flatten_tokens(x), grads = flatten_tokens(grad_y);
   const MlpGradients sums = mlp.zero_gradients(x);
   const Tensor dx = make_empty(tokens, {tokens.size(0), mlp.width()});
   for_each_chunk(tokens.size(0), mlp.chunk_tokens(), [&](int64_t first, int64_t count) {
     copy_rows_into(dx, first,
-                   *mlp.backward(token_rows(grads, first, count), token_rows(tokens, first, count), sums, true));
+                   *mlp.backward(token_rows(grads, first, count), token_rows(tokens, first, count),
+                                 sums, true));
   });
   const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   return with_gradients(torch::stable::reshape(dx, shape), mlp.finish(sums, 1.0, mlp.dtype(), x));
 }
 
-NineTensors reconstruction_loss(const Tensor& x, const Tensor& target, double scale, const Tensor& base,
-                                const OptionalTensor& base_out, const TensorList& up,
-                                const std::optional<TensorList>& gate, const TensorList& down,
-                                const OptionalTensor& up_bias, const OptionalTensor& gate_bias,
-                                const OptionalTensor& down_bias, int64_t hidden, std::string activation,
-                                bool identity) {
-  const Mlp mlp(x, base, base_out, up, gate, down, up_bias, gate_bias, down_bias, hidden, activation, identity);
+NineTensors reconstruction_loss(const Tensor& x, const Tensor& target, double scale,
+                                const Tensor& base, const OptionalTensor& base_out,
+                                const TensorList& up, const std::optional<TensorList>& gate,
+                                const TensorList& down, const OptionalTensor& up_bias,
+                                const OptionalTensor& gate_bias, const OptionalTensor& down_bias,
+                                int64_t hidden, std::string activation, bool identity) {
+  const Mlp mlp(x, base, base_out, up, gate, down, up_bias, gate_bias, down_bias, hidden,
+                activation, identity);
   check_like(target, x, "target");
-  FIPS_CHECK(shape_of(target) == shape_of(x), "target: shape is ", shape_of(target), "; expected that of x, ",
-             shape_of(x));
+  FIPS_CHECK(shape_of(target) == shape_of(x), "target: shape is ", shape_of(target),
+             "; expected that of x, ", shape_of(x));
   const Tensor tokens = flatten_tokens(x), wanted = flatten_tokens(target);
   const MlpGradients sums = mlp.zero_gradients(x);
   double loss = 0;
   for_each_chunk(tokens.size(0), mlp.chunk_tokens(), [&](int64_t first, int64_t count) {
     const Tensor rows = token_rows(tokens, first, count);
     const Tensor residual = torch::stable::contiguous(mlp.forward(rows));
-    loss += cpu::subtract_target(residual.mutable_data_ptr(), token_rows(wanted, first, count).const_data_ptr(),
-                                 mlp.dtype(), residual.numel(), kTorchThreads);
+    loss += cpu::subtract_target(residual.mutable_data_ptr(),
+                                 token_rows(wanted, first, count).const_data_ptr(), mlp.dtype(),
+                                 residual.numel(), kTorchThreads);
     // The residual goes back unscaled: 2 * scale would underflow in float16.
     mlp.backward(residual, rows, sums, false);
   });
@@ -280,7 +303,8 @@ NineTensors reconstruction_loss(const Tensor& x, const Tensor& target, double sc
   } else {
     *static_cast<float*>(result.mutable_data_ptr()) = static_cast<float>(scale * loss);
   }
-  // Gradients stay in the accumulator type: a normalised loss has a tiny scale, which float16 could not hold.
+  // Gradients stay in the accumulator type: a normalised loss has a tiny scale, which float16 could
+  // not hold.
   const DType sum_type = mlp.dtype() == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   return with_gradients(result, mlp.finish(sums, 2.0 * scale, sum_type, x));
 }

@@ -31,31 +31,34 @@ std::tuple<Tensor, Tensor, Tensor> batched_rsvd(const Tensor& w, int64_t rank, i
                                                 int64_t power_iters, int64_t seed) {
   FIPS_CHECK(w.dim() == 3, "w: expected [batch, m, n], got ", shape_of(w));
   const int64_t batch = w.size(0), m = w.size(1), n = w.size(2), full = min_of(m, n);
-  FIPS_CHECK(rank >= 1 && rank <= full, "rank: got ", rank, "; it must lie in [1, ", full, "] for matrices of ", m,
-             " x ", n);
+  FIPS_CHECK(rank >= 1 && rank <= full, "rank: got ", rank, "; it must lie in [1, ", full,
+             "] for matrices of ", m, " x ", n);
   FIPS_CHECK(oversample >= 0, "oversample: got ", oversample, "; expected at least 0");
   FIPS_CHECK(power_iters >= 0, "power_iters: got ", power_iters, "; expected at least 0");
   const bool is_double = dtype_of(w, "w") == DType::kFloat64;
-  const Tensor a =
-      torch::stable::contiguous(torch::stable::to(w, is_double ? ScalarType::Double : ScalarType::Float));
+  const Tensor a = torch::stable::contiguous(
+      torch::stable::to(w, is_double ? ScalarType::Double : ScalarType::Float));
   const Tensor at = transposed(a);
   const int64_t samples = min_of(full, rank + oversample);
 
-  Tensor q = orthonormal(torch::stable::matmul(a, gaussian(a, batch, n, samples, static_cast<uint64_t>(seed))));
+  Tensor q = orthonormal(
+      torch::stable::matmul(a, gaussian(a, batch, n, samples, static_cast<uint64_t>(seed))));
   for (int64_t i = 0; i < power_iters; ++i) {
     // Orthonormalising on both sides keeps singular values below sqrt(eps) of the largest alive.
     q = orthonormal(torch::stable::matmul(a, orthonormal(torch::stable::matmul(at, q))));
   }
-  // a ~ q (q^T a); the small factor is decomposed through the QR of its transpose, so that no Gram matrix
-  // squares the condition number.
+  // a ~ q (q^T a); the small factor is decomposed through the QR of its transpose, so that no Gram
+  // matrix squares the condition number.
   const auto [q_right, r_right] =
       call_aten<2>("aten::linalg_qr", "", torch::stable::matmul(at, q), std::string("reduced"));
-  const auto [u, s, vh] = call_aten<3>("aten::linalg_svd", "", torch::stable::contiguous(transposed(r_right)), false,
-                                       std::optional<std::string>());
+  const auto [u, s, vh] =
+      call_aten<3>("aten::linalg_svd", "", torch::stable::contiguous(transposed(r_right)), false,
+                   std::optional<std::string>());
   const Tensor left = torch::stable::matmul(q, u);
   const Tensor right = torch::stable::matmul(vh, transposed(q_right));
   Tensor rows = right;
-  return {torch::stable::contiguous(columns(left, 0, rank)), torch::stable::contiguous(columns(s, 0, rank)),
+  return {torch::stable::contiguous(columns(left, 0, rank)),
+          torch::stable::contiguous(columns(s, 0, rank)),
           torch::stable::contiguous(torch::stable::narrow(rows, 1, 0, rank))};
 }
 

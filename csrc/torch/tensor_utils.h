@@ -1,4 +1,5 @@
-// From stable tensors to views, with every check an op makes on its arguments; and calls back into torch.
+// From stable tensors to views, with every check an op makes on its arguments; and calls back into
+// torch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -62,12 +63,14 @@ inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
              torch::headeronly::toString(x.scalar_type()), "; cast one of them");
 }
 
-inline void check_vector(const std::optional<Tensor>& t, int64_t length, const Tensor& x, const char* name) {
+inline void check_vector(const std::optional<Tensor>& t, int64_t length, const Tensor& x,
+                         const char* name) {
   if (!t.has_value()) {
     return;
   }
   check_like(*t, x, name);
-  FIPS_CHECK(t->dim() == 1 && t->size(0) == length, name, ": expected shape [", length, "], got ", shape_of(*t));
+  FIPS_CHECK(t->dim() == 1 && t->size(0) == length, name, ": expected shape [", length, "], got ",
+             shape_of(*t));
 }
 
 inline int64_t last_dim(const Tensor& t, const char* name) {
@@ -109,17 +112,20 @@ struct Slice {
   const Tensor& values() const { return tensors[0]; }
 };
 
-// Checks types, shapes and devices of the tensors of a slice, reading none of their contents: a CUDA kernel
-// guards its indices itself. Host callers use host_slice_of, which validates every index.
-inline Slice slice_of(const TensorList& v, int64_t rows, int64_t cols, const Tensor& x, const char* name) {
-  FIPS_CHECK(v.size() == 6 || v.size() == 8, name, ": a slice is 6 tensors (block) or 8 (bitmap), got ",
-             v.size(), "; pass BlockSparse.tensors()");
+// Checks types, shapes and devices of the tensors of a slice, reading none of their contents: a
+// CUDA kernel guards its indices itself. Host callers use host_slice_of, which validates every
+// index.
+inline Slice slice_of(const TensorList& v, int64_t rows, int64_t cols, const Tensor& x,
+                      const char* name) {
+  FIPS_CHECK(v.size() == 6 || v.size() == 8, name,
+             ": a slice is 6 tensors (block) or 8 (bitmap), got ", v.size(),
+             "; pass BlockSparse.tensors()");
   const bool bitmap = v.size() == 8;
   const std::string prefix = std::string(name) + ".";
   Slice slice{v, {}};
   check_like(v[0], x, (prefix + "values").c_str());
-  static constexpr const char* kNames[] = {"values",   "col_ptr", "row_idx", "row_ptr", "col_idx",
-                                           "block_id", "mask",    "block_ptr"};
+  static constexpr const char* kNames[] = {"values",  "col_ptr",  "row_idx", "row_ptr",
+                                           "col_idx", "block_id", "mask",    "block_ptr"};
   for (size_t i = 0; i < v.size(); ++i) {
     const std::string part = prefix + kNames[i];
     check_same_device(v[i], x, part.c_str());
@@ -132,30 +138,40 @@ inline Slice slice_of(const TensorList& v, int64_t rows, int64_t cols, const Ten
     }
     slice.tensors[i] = torch::stable::contiguous(v[i]);
   }
-  const Tensor& shaped = bitmap ? v[6] : v[0];  // the tensor that shows the block: [nnzb, bn, bk or bk / 8]
+  const Tensor& shaped =
+      bitmap ? v[6] : v[0];  // the tensor that shows the block: [nnzb, bn, bk or bk / 8]
   FIPS_CHECK(shaped.dim() == 3, prefix, bitmap ? "mask" : "values", ": expected 3 dimensions, got ",
              shape_of(shaped));
   BlockSparseView& view = slice.view;
   FIPS_CHECK(rows >= 0 && cols >= 0, name, ": shape (", rows, ", ", cols, ") must not be negative");
   view.rows = rows;
   view.cols = cols;
-  FIPS_CHECK(shaped.size(1) <= 128 && shaped.size(2) <= 128, name, ": block edges must be 16, 32, 64 or 128");
+  FIPS_CHECK(shaped.size(1) <= 128 && shaped.size(2) <= 128, name,
+             ": block edges must be 16, 32, 64 or 128");
   view.bn = static_cast<int32_t>(shaped.size(1));
   view.bk = static_cast<int32_t>(shaped.size(2) * (bitmap ? 8 : 1));
-  FIPS_CHECK(is_allowed_block_edge(view.bk) && is_allowed_block_edge(view.bn), name, ": block is ", view.bk, "x",
-             view.bn, "; each edge must be 16, 32, 64 or 128");
+  FIPS_CHECK(is_allowed_block_edge(view.bk) && is_allowed_block_edge(view.bn), name, ": block is ",
+             view.bk, "x", view.bn, "; each edge must be 16, 32, 64 or 128");
   view.num_blocks = shaped.size(0);
   view.num_values = v[0].numel();
   view.dtype = dtype_of(v[0], (prefix + "values").c_str());
-  const int64_t lengths[] = {0, view.block_cols() + 1, view.num_blocks, view.block_rows() + 1,
-                             view.num_blocks, view.num_blocks, 0, view.num_blocks + 1};
+  const int64_t lengths[] = {0,
+                             view.block_cols() + 1,
+                             view.num_blocks,
+                             view.block_rows() + 1,
+                             view.num_blocks,
+                             view.num_blocks,
+                             0,
+                             view.num_blocks + 1};
   for (size_t i = 1; i < v.size(); ++i) {
     FIPS_CHECK(i == 6 || v[i].size(0) == lengths[i], prefix, kNames[i], ": expected ", lengths[i],
-               " entries for shape (", rows, ", ", cols, ") in blocks of ", view.bk, "x", view.bn, ", got ",
-               v[i].size(0));
+               " entries for shape (", rows, ", ", cols, ") in blocks of ", view.bk, "x", view.bn,
+               ", got ", v[i].size(0));
   }
   view.values = slice.tensors[0].const_data_ptr();
-  auto index = [&](size_t i) { return static_cast<const int32_t*>(slice.tensors[i].const_data_ptr()); };
+  auto index = [&](size_t i) {
+    return static_cast<const int32_t*>(slice.tensors[i].const_data_ptr());
+  };
   view.col_ptr = index(1);
   view.row_idx = index(2);
   view.row_ptr = index(3);
@@ -163,14 +179,18 @@ inline Slice slice_of(const TensorList& v, int64_t rows, int64_t cols, const Ten
   view.block_id = index(5);
   if (bitmap) {
     FIPS_CHECK(v[0].dim() == 1, prefix, "values: expected one dimension, got ", shape_of(v[0]));
-    static constexpr uint8_t kNoMask[8] = {};  // an empty tensor's pointer may be null, which would mean `block`
-    view.mask = view.num_blocks == 0 ? kNoMask : static_cast<const uint8_t*>(slice.tensors[6].const_data_ptr());
+    static constexpr uint8_t kNoMask[8] =
+        {};  // an empty tensor's pointer may be null, which would mean `block`
+    view.mask = view.num_blocks == 0
+                    ? kNoMask
+                    : static_cast<const uint8_t*>(slice.tensors[6].const_data_ptr());
     view.block_ptr = index(7);
   }
   return slice;
 }
 
-inline Slice host_slice_of(const TensorList& v, int64_t rows, int64_t cols, const Tensor& x, const char* name) {
+inline Slice host_slice_of(const TensorList& v, int64_t rows, int64_t cols, const Tensor& x,
+                           const char* name) {
   Slice slice = slice_of(v, rows, cols, x, name);
   check_view(slice.view, name);
   return slice;
@@ -188,10 +208,12 @@ inline constexpr Parallel kTorchThreads{run_on_torch_threads};
 
 // Calls an ATen op by name and returns its first `kOutputs` results.
 template <size_t kOutputs = 1, class... Args>
-std::array<Tensor, kOutputs> call_aten(const char* name, const char* overload, const Args&... args) {
+std::array<Tensor, kOutputs> call_aten(const char* name, const char* overload,
+                                       const Args&... args) {
   constexpr size_t kStack = sizeof...(Args) > kOutputs ? sizeof...(Args) : kOutputs;
   std::array<StableIValue, kStack> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   std::array<Tensor, kOutputs> results;
   for (size_t i = 0; i < kOutputs; ++i) {
     results[i] = torch::stable::detail::to<Tensor>(stack[i]);

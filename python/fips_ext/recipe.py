@@ -94,7 +94,9 @@ class Recipe:
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
-                raise InvalidArgument(f"{name}: got {value!r}; expected an integer of at least {low}")
+                raise InvalidArgument(
+                    f"{name}: got {value!r}; expected an integer of at least {low}"
+                )
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise InvalidArgument(f"rank: got {self.rank!r}; expected None or a positive integer")
         for name, allowed in (

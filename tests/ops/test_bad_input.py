@@ -29,7 +29,9 @@ def run(tensors, x=None, rows=ROWS, cols=COLS, bias=None):
 def test_index_out_of_range(encoding, which, name, value):
     tensors = slice_tensors(encoding)
     tensors[which][-1] = value
-    with pytest.raises(ValueError, match=rf"v: {name}\[\d+\] is {value}; it must lie in \[0, \d+\)"):
+    with pytest.raises(
+        ValueError, match=rf"v: {name}\[\d+\] is {value}; it must lie in \[0, \d+\)"
+    ):
         run(tensors)
 
 
@@ -45,7 +47,9 @@ def test_pointers_must_rise_from_zero_to_the_block_count(which, name):
 def test_mask_must_agree_with_the_value_offsets():
     tensors = slice_tensors("bitmap")
     tensors[6].fill_(255)
-    with pytest.raises(ValueError, match="mask of stored block 0 keeps 512 slots, but block_ptr gives it"):
+    with pytest.raises(
+        ValueError, match="mask of stored block 0 keeps 512 slots, but block_ptr gives it"
+    ):
         run(tensors)
     tensors = slice_tensors("bitmap")
     tensors[7][-1] += 1

@@ -75,7 +75,9 @@ def test_host_refuses_inconsistent_slices():
 def test_bits_round_trip():
     bits = torch.rand(5, 7, 64) < 0.5
     assert torch.equal(unpack_bits(pack_bits(bits)), bits)
-    assert int(pack_bits(torch.tensor([[True] + [False] * 15]))[0, 0]) == 1  # least significant bit first
+    assert (
+        int(pack_bits(torch.tensor([[True] + [False] * 15]))[0, 0]) == 1
+    )  # least significant bit first
 
 
 def test_kept_zeros_stay_stored_in_a_bitmap():
@@ -89,4 +91,6 @@ def test_to_dense_is_differentiable():
     values = v.values.clone().requires_grad_()
     weights = torch.randn(20, 30)
     (v.with_values(values).to_dense() * weights).sum().backward()
-    assert torch.equal(values.grad, BlockSparse.from_dense(weights, (16, 16), "bitmap", v.to_dense() != 0).values)
+    assert torch.equal(
+        values.grad, BlockSparse.from_dense(weights, (16, 16), "bitmap", v.to_dense() != 0).values
+    )

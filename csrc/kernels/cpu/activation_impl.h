@@ -1,5 +1,5 @@
-// Activations and their gradients for one instruction set, written so that the compiler vectorises them:
-// no library calls in float, no branches.
+// Activations and their gradients for one instruction set, written so that the compiler vectorises
+// them: no library calls in float, no branches.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t kChunk = 256;
 
-// exp(x) to 2 ulp: x = n ln 2 + f with |f| <= ln 2 / 2, a degree-6 Taylor-like polynomial in f, times 2^n.
+// exp(x) to 2 ulp: x = n ln 2 + f with |f| <= ln 2 / 2, a degree-6 Taylor-like polynomial in f,
+// times 2^n.
 FIPS_INLINE float exp_of(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;

@@ -25,7 +25,8 @@ void copy_row(const T* in, Accumulator<T>* out, int64_t count) {
 
 // x as [token][padded feature] in the accumulator type, zero past the ragged edge.
 void copy_rows(const BlockSparseMmParams& p, char* rows) {
-  const int64_t size = accumulator_size(p.v.dtype), padded = padded_inputs(p), count = p.in_features();
+  const int64_t size = accumulator_size(p.v.dtype), padded = padded_inputs(p),
+                count = p.in_features();
   for (int64_t t = 0; t < p.tokens; ++t) {
     char* out = rows + t * padded * size;
     const char* in = static_cast<const char*>(p.x) + t * p.x_stride * element_size(p.v.dtype);
@@ -57,7 +58,8 @@ BlockSparseMmParams token_range(BlockSparseMmParams p, int64_t first, int64_t co
 
 int64_t block_sparse_mm_workspace(const BlockSparseMmParams& p) {
   const int64_t tile = kernel_table().mm_token_tile(p.v.dtype);
-  const int64_t tokens = p.tokens <= kStreamTokens ? p.tokens : round_up(min_of(p.tokens, kPackedTokens), tile);
+  const int64_t tokens =
+      p.tokens <= kStreamTokens ? p.tokens : round_up(min_of(p.tokens, kPackedTokens), tile);
   return max_of(64, tokens * padded_inputs(p) * accumulator_size(p.v.dtype));
 }
 
@@ -80,8 +82,9 @@ void block_sparse_mm(const BlockSparseMmParams& p, void* workspace, const Parall
     parallel_for(parallel, tiles, 1,
                  [&](int64_t begin, int64_t end) { kernels.mm_pack(part, workspace, begin, end); });
     const int64_t tasks = edges * ceil_div(tiles, kernels.mm_tiles_per_task(part));
-    parallel_for(parallel, tasks, 1,
-                 [&](int64_t begin, int64_t end) { kernels.mm_tiled(part, workspace, begin, end); });
+    parallel_for(parallel, tasks, 1, [&](int64_t begin, int64_t end) {
+      kernels.mm_tiled(part, workspace, begin, end);
+    });
   }
 }
 

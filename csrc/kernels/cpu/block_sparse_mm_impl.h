@@ -1,12 +1,15 @@
-// block_sparse_mm for one instruction set (the including file sets FIPS_ISA and the compiler flags).
+// block_sparse_mm for one instruction set (the including file sets FIPS_ISA and the compiler
+// flags).
 //
-// Prefill (mm_pack, mm_tiled). Tokens are the vector dimension: x is packed to [tile][feature][kTokens], and
-// a stored block multiplies a token tile with one broadcast per weight. Weights are therefore read in any
-// order, which is why one copy of the values serves both directions:
+// Prefill (mm_pack, mm_tiled). Tokens are the vector dimension: x is packed to
+// [tile][feature][kTokens], and a stored block multiplies a token tile with one broadcast per
+// weight. Weights are therefore read in any order, which is why one copy of the values serves both
+// directions:
 //   forward     out[j] += V[k, j] x[k]   output edge j of bn, reduced over k of bk
 //   transposed  out[k] += V[k, j] x[j]   output edge k of bk, reduced over j of bn
 //
-// Decode (mm_stream). Too few tokens to fill vectors: k, contiguous in a block, is the vector dimension.
+// Decode (mm_stream). Too few tokens to fill vectors: k, contiguous in a block, is the vector
+// dimension.
 #pragma once
 
 #include "kernels/cpu/block_tile.h"
@@ -25,7 +28,8 @@ constexpr int64_t kTokens = kVectors * kLanes<A>;
 
 constexpr int64_t kMaxTilesPerTask = 4;
 
-// The stored blocks that contribute to one output edge (a block column, or a block row when transposed).
+// The stored blocks that contribute to one output edge (a block column, or a block row when
+// transposed).
 struct OutputBlocks {
   const int32_t* ptr;
   const int32_t* input;  // input block of the i-th entry
@@ -69,8 +73,8 @@ void pack_tiles(const BlockSparseMmParams& p, Accumulator<T>* packed, int64_t be
 
 // sums[o][token] += sum over e of tile(o, e) * x[e][token] for every output o of the block.
 template <class A, bool kTranspose>
-FIPS_INLINE void multiply_block(const A* tile, const A* x, A* sums, int64_t out_edge, int64_t in_edge,
-                                int64_t bk) {
+FIPS_INLINE void multiply_block(const A* tile, const A* x, A* sums, int64_t out_edge,
+                                int64_t in_edge, int64_t bk) {
   const int64_t out_step = kTranspose ? 1 : bk, in_step = kTranspose ? bk : 1;
   for (int64_t o = 0; o < out_edge; o += kOutputs) {
     A* sum = sums + o * kTokens<A>;
@@ -102,8 +106,8 @@ FIPS_INLINE void multiply_block(const A* tile, const A* x, A* sums, int64_t out_
 }
 
 template <class T>
-FIPS_INLINE void write_tile(const BlockSparseMmParams& p, const Accumulator<T>* sums, int64_t first_token,
-                            int64_t first_output, int64_t outputs) {
+FIPS_INLINE void write_tile(const BlockSparseMmParams& p, const Accumulator<T>* sums,
+                            int64_t first_token, int64_t first_output, int64_t outputs) {
   using A = Accumulator<T>;
   const T* bias = static_cast<const T*>(p.bias);
   const int64_t count = min_of(kTokens<A>, p.tokens - first_token);
@@ -120,8 +124,8 @@ int64_t mm_token_tile(DType dtype) {
   return dtype == DType::kFloat64 ? kTokens<double> : kTokens<float>;
 }
 
-// A stored block is expanded once per task, so a task takes as many token tiles as keep its packed x within
-// half of a common L2 cache.
+// A stored block is expanded once per task, so a task takes as many token tiles as keep its packed
+// x within half of a common L2 cache.
 int64_t mm_tiles_per_task(const BlockSparseMmParams& p) {
   const int64_t size = p.v.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   const int64_t tile_bytes = padded_inputs(p) * mm_token_tile(p.v.dtype) * size;
@@ -130,7 +134,8 @@ int64_t mm_tiles_per_task(const BlockSparseMmParams& p) {
 
 // A task is (group of token tiles, output edge), output edges innermost.
 template <class T, bool kTranspose>
-void multiply_tasks(const BlockSparseMmParams& p, const Accumulator<T>* packed, int64_t begin, int64_t end) {
+void multiply_tasks(const BlockSparseMmParams& p, const Accumulator<T>* packed, int64_t begin,
+                    int64_t end) {
   using A = Accumulator<T>;
   const OutputBlocks blocks(p);
   const int64_t edges = ceil_div(blocks.out_features, blocks.out_edge);
@@ -160,9 +165,11 @@ void multiply_tasks(const BlockSparseMmParams& p, const Accumulator<T>* packed, 
   }
 }
 
-// Output edges [begin, end) for at most kStreamTokens tokens; `rows` is x as [token][padded feature].
+// Output edges [begin, end) for at most kStreamTokens tokens; `rows` is x as [token][padded
+// feature].
 template <class T>
-void stream_forward(const BlockSparseMmParams& p, const Accumulator<T>* rows, int64_t begin, int64_t end) {
+void stream_forward(const BlockSparseMmParams& p, const Accumulator<T>* rows, int64_t begin,
+                    int64_t end) {
   using A = Accumulator<T>;
   const OutputBlocks blocks(p);
   const int64_t padded = padded_inputs(p);
@@ -199,7 +206,8 @@ void stream_forward(const BlockSparseMmParams& p, const Accumulator<T>* rows, in
 }
 
 template <class T>
-void stream_transposed(const BlockSparseMmParams& p, const Accumulator<T>* rows, int64_t begin, int64_t end) {
+void stream_transposed(const BlockSparseMmParams& p, const Accumulator<T>* rows, int64_t begin,
+                       int64_t end) {
   using A = Accumulator<T>;
   const OutputBlocks blocks(p);
   const int64_t padded = padded_inputs(p);
@@ -260,7 +268,8 @@ void mm_tiled(const BlockSparseMmParams& p, const void* packed, int64_t begin, i
   with_element_type(p.v.dtype, [&](auto element) {
     using T = decltype(element);
     const auto* x = static_cast<const Accumulator<T>*>(packed);
-    p.transpose ? multiply_tasks<T, true>(p, x, begin, end) : multiply_tasks<T, false>(p, x, begin, end);
+    p.transpose ? multiply_tasks<T, true>(p, x, begin, end)
+                : multiply_tasks<T, false>(p, x, begin, end);
   });
 }
 

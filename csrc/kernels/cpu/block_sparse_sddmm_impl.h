@@ -1,6 +1,6 @@
-// block_sparse_sddmm for one instruction set. A task is a stored block: its sums [bn, bk] stay in L1 while
-// panels of a and b pass by, copied to contiguous zero-padded scratch so that strides, half types and ragged
-// edges cost nothing inside the product.
+// block_sparse_sddmm for one instruction set. A task is a stored block: its sums [bn, bk] stay in
+// L1 while panels of a and b pass by, copied to contiguous zero-padded scratch so that strides,
+// half types and ragged edges cost nothing inside the product.
 #pragma once
 
 #include "kernels/cpu/block_tile.h"
@@ -11,10 +11,11 @@ namespace {
 
 constexpr int64_t kPanelTokens = 64;
 
-// Rows [first, first + count) of a [tokens, features] matrix, columns [begin, begin + edge), zero-padded.
+// Rows [first, first + count) of a [tokens, features] matrix, columns [begin, begin + edge),
+// zero-padded.
 template <class T>
-FIPS_INLINE void copy_panel(const void* matrix, int64_t stride, int64_t first, int64_t count, int64_t begin,
-                            int64_t edge, int64_t features, Accumulator<T>* panel) {
+FIPS_INLINE void copy_panel(const void* matrix, int64_t stride, int64_t first, int64_t count,
+                            int64_t begin, int64_t edge, int64_t features, Accumulator<T>* panel) {
   const int64_t inside = min_of(edge, features - begin);
   for (int64_t t = 0; t < count; ++t) {
     const T* row = static_cast<const T*>(matrix) + (first + t) * stride + begin;
@@ -30,7 +31,8 @@ FIPS_INLINE void copy_panel(const void* matrix, int64_t stride, int64_t first, i
 
 // sums[j][k] += sum over tokens of b[t][j] * a[t][k].
 template <class A, int64_t kVectorsOfK>
-FIPS_INLINE void multiply_panels(const A* a, const A* b, int64_t tokens, int64_t bk, int64_t bn, A* sums) {
+FIPS_INLINE void multiply_panels(const A* a, const A* b, int64_t tokens, int64_t bk, int64_t bn,
+                                 A* sums) {
   constexpr int64_t kColumns = 8;
   for (int64_t j = 0; j < bn; j += kColumns) {
     for (int64_t k = 0; k < bk; k += kVectorsOfK * kLanes<A>) {

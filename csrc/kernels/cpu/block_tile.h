@@ -1,4 +1,5 @@
-// One stored block as a dense [bn, bk] tile in the accumulator type. Included only from per-ISA units.
+// One stored block as a dense [bn, bk] tile in the accumulator type. Included only from per-ISA
+// units.
 #pragma once
 
 #include "core/format.h"
@@ -11,7 +12,8 @@ constexpr int64_t kMaxEdge = 128;
 
 // Expands the packed values of one row of a block: `mask` has bk bits; returns the values consumed.
 template <class T>
-FIPS_INLINE int64_t expand_row(const uint8_t* mask, const T* values, int64_t bk, Accumulator<T>* out) {
+FIPS_INLINE int64_t expand_row(const uint8_t* mask, const T* values, int64_t bk,
+                               Accumulator<T>* out) {
   int64_t used = 0;
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
   if constexpr (sizeof(T) <= 4) {
@@ -19,7 +21,8 @@ FIPS_INLINE int64_t expand_row(const uint8_t* mask, const T* values, int64_t bk,
       uint16_t bits;
       memcpy(&bits, mask + k / 8, 2);
       const int count = __builtin_popcount(bits);
-      // The load is masked to `count` lanes: the last block must not read past the end of the values.
+      // The load is masked to `count` lanes: the last block must not read past the end of the
+      // values.
       const __mmask16 valid = static_cast<__mmask16>((1u << count) - 1u);
       __m512 packed;
       if constexpr (sizeof(T) == 4) {
@@ -51,9 +54,11 @@ FIPS_INLINE int64_t expand_row(const uint8_t* mask, const T* values, int64_t bk,
   return used;
 }
 
-// Returns the tile of stored block `b`: the values themselves where they already are one, else `scratch`.
+// Returns the tile of stored block `b`: the values themselves where they already are one, else
+// `scratch`.
 template <class T>
-FIPS_INLINE const Accumulator<T>* load_tile(const BlockSparseView& v, int64_t b, Accumulator<T>* scratch) {
+FIPS_INLINE const Accumulator<T>* load_tile(const BlockSparseView& v, int64_t b,
+                                            Accumulator<T>* scratch) {
   const T* values = static_cast<const T*>(v.values);
   if (v.is_bitmap()) {
     const uint8_t* mask = v.mask + b * v.slots() / 8;

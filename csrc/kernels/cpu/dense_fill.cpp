@@ -7,7 +7,8 @@ namespace {
 
 // Calls body(j, k, value index) for every stored slot of block `b` that lies inside the matrix.
 template <class F>
-void for_each_stored(const BlockSparseView& v, int64_t b, int64_t row, int64_t column, const F& body) {
+void for_each_stored(const BlockSparseView& v, int64_t b, int64_t row, int64_t column,
+                     const F& body) {
   const int64_t rows = min_of(v.bk, v.rows - row), cols = min_of(v.bn, v.cols - column);
   if (!v.is_bitmap()) {
     for (int64_t j = 0; j < cols; ++j) {
@@ -42,15 +43,17 @@ void fill(const BlockSparseView& v, T* out, const Parallel& parallel) {
       for (int64_t b = v.col_ptr[edge]; b < v.col_ptr[edge + 1]; ++b) {
         const int64_t row = int64_t{v.row_idx[b]} * v.bk;
         T* target = out + column * v.rows + row;
-        for_each_stored(v, b, row, column,
-                        [&](int64_t j, int64_t k, int64_t at) { target[j * v.rows + k] = values[at]; });
+        for_each_stored(v, b, row, column, [&](int64_t j, int64_t k, int64_t at) {
+          target[j * v.rows + k] = values[at];
+        });
       }
     }
   });
 }
 
 template <class T, class A>
-void gather(const BlockSparseView& v, const T* dense, A* out, bool accumulate, const Parallel& parallel) {
+void gather(const BlockSparseView& v, const T* dense, A* out, bool accumulate,
+            const Parallel& parallel) {
   parallel_for(parallel, v.block_cols(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t edge = begin; edge < end; ++edge) {
       const int64_t column = edge * v.bn;
@@ -78,17 +81,21 @@ void fill_dense_transposed(const BlockSparseView& v, void* out, const Parallel& 
   }
 }
 
-void gather_stored(const BlockSparseView& v, const void* dense, DType dense_dtype, void* out, bool accumulate,
-                   const Parallel& parallel) {
+void gather_stored(const BlockSparseView& v, const void* dense, DType dense_dtype, void* out,
+                   bool accumulate, const Parallel& parallel) {
   switch (dense_dtype) {
     case DType::kFloat32:
-      return gather(v, static_cast<const float*>(dense), static_cast<float*>(out), accumulate, parallel);
+      return gather(v, static_cast<const float*>(dense), static_cast<float*>(out), accumulate,
+                    parallel);
     case DType::kFloat64:
-      return gather(v, static_cast<const double*>(dense), static_cast<double*>(out), accumulate, parallel);
+      return gather(v, static_cast<const double*>(dense), static_cast<double*>(out), accumulate,
+                    parallel);
     case DType::kBFloat16:
-      return gather(v, static_cast<const BFloat16*>(dense), static_cast<float*>(out), accumulate, parallel);
+      return gather(v, static_cast<const BFloat16*>(dense), static_cast<float*>(out), accumulate,
+                    parallel);
     case DType::kFloat16:
-      return gather(v, static_cast<const Half*>(dense), static_cast<float*>(out), accumulate, parallel);
+      return gather(v, static_cast<const Half*>(dense), static_cast<float*>(out), accumulate,
+                    parallel);
   }
 }
 

@@ -1,4 +1,5 @@
-// Instantiates every kernel for the instruction set FIPS_ISA; cmake/CpuIsa.cmake sets the compiler flags.
+// Instantiates every kernel for the instruction set FIPS_ISA; cmake/CpuIsa.cmake sets the compiler
+// flags.
 #include "kernels/cpu/activation_impl.h"
 #include "kernels/cpu/block_sparse_mm_impl.h"
 #include "kernels/cpu/block_sparse_sddmm_impl.h"
@@ -7,8 +8,8 @@ namespace fips::cpu::FIPS_ISA {
 
 extern const KernelTable kTable;
 const KernelTable kTable = {
-    mm_token_tile, mm_tiles_per_task, mm_pack, mm_tiled, mm_stream, sddmm, activation_range<false>,
-    activation_range<true>,
+    mm_token_tile,           mm_tiles_per_task,      mm_pack, mm_tiled, mm_stream, sddmm,
+    activation_range<false>, activation_range<true>,
 };
 
 }  // namespace fips::cpu::FIPS_ISA

@@ -8,7 +8,8 @@ namespace fips::cpu {
 namespace {
 
 constexpr int64_t kGrain = 32768;
-constexpr int64_t kSumChunk = 4096;  // fixed, so that a sum does not depend on the number of threads
+constexpr int64_t kSumChunk =
+    4096;  // fixed, so that a sum does not depend on the number of threads
 
 template <class F>
 void with_element_type(DType dtype, const F& body) {
@@ -26,7 +27,8 @@ void with_element_type(DType dtype, const F& body) {
 
 }  // namespace
 
-void add_into(void* sums, const void* values, DType dtype, int64_t count, const Parallel& parallel) {
+void add_into(void* sums, const void* values, DType dtype, int64_t count,
+              const Parallel& parallel) {
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
     auto* out = static_cast<Accumulator<T>*>(sums);
@@ -56,7 +58,8 @@ void add_column_sums(void* sums, const void* matrix, DType dtype, int64_t rows, 
   });
 }
 
-void scale_into(void* out, const void* sums, double scale, DType dtype, int64_t count, const Parallel& parallel) {
+void scale_into(void* out, const void* sums, double scale, DType dtype, int64_t count,
+                const Parallel& parallel) {
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
@@ -71,7 +74,8 @@ void scale_into(void* out, const void* sums, double scale, DType dtype, int64_t 
   });
 }
 
-double subtract_target(void* y, const void* target, DType dtype, int64_t count, const Parallel& parallel) {
+double subtract_target(void* y, const void* target, DType dtype, int64_t count,
+                       const Parallel& parallel) {
   const int64_t chunks = ceil_div(count, kSumChunk);
   std::vector<double> partial(static_cast<size_t>(chunks), 0.0);
   with_element_type(dtype, [&](auto element) {

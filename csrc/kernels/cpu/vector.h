@@ -1,5 +1,6 @@
-// Vectors as wide as the instruction set this file is compiled for, by the compiler's vector extension.
-// Included only from per-ISA translation units, inside none of their namespaces: everything is inline.
+// Vectors as wide as the instruction set this file is compiled for, by the compiler's vector
+// extension. Included only from per-ISA translation units, inside none of their namespaces:
+// everything is inline.
 #pragma once
 
 #include <cstdint>

@@ -121,4 +121,3 @@ class SharedMLP(nn.Module):
 def shared_mlps(model: nn.Module) -> dict[str, SharedMLP]:
     """Every :class:`SharedMLP` of ``model`` by its qualified name, in module order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, SharedMLP)}
-

