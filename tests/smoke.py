@@ -11,12 +11,7 @@ from fips_ext import BlockSparse, _host, functional
 print(torch.ops.fips.shared_mlp)
 info = json.loads(torch.ops.fips.build_info())
 print(json.dumps(info))
-assert (
-    info["version"]
-    == fips_ext.__version__
-    == importlib.metadata.version("fips_ext")
-    == _host.version
-)
+assert info["version"] == fips_ext.__version__ == importlib.metadata.version("fips_ext") == _host.version
 
 dense = torch.randn(40, 60)
 v = BlockSparse.from_dense(dense, (16, 32), "bitmap", torch.rand(40, 60) < 0.5)

@@ -32,9 +32,7 @@ def undefined_symbols(path: Path) -> list[str]:
 
 def test_no_symbols_of_the_unstable_torch_abi():
     symbols = undefined_symbols(library())
-    assert any(symbol.startswith("aoti_torch_") for symbol in symbols), (
-        "nm saw no torch symbols at all"
-    )
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols), "nm saw no torch symbols at all"
     unstable = [s for s in symbols if s.startswith(("at::", "c10::", "torch::", "caffe2::"))]
     assert unstable == []
 
@@ -63,14 +61,10 @@ def test_cuda_code_is_inside_when_a_compiler_was_there():
 
 
 def test_no_dependency_on_a_cuda_runtime_or_driver():
-    out = subprocess.run(
-        ["readelf", "-d", str(library())], capture_output=True, text=True, check=True
-    )
+    out = subprocess.run(["readelf", "-d", str(library())], capture_output=True, text=True, check=True)
     needed = [line for line in out.stdout.splitlines() if "NEEDED" in line]
     assert any("libtorch.so" in line for line in needed)
-    assert not any(
-        name in line for line in needed for name in ("libcudart", "libcuda.so", "libcublas")
-    )
+    assert not any(name in line for line in needed for name in ("libcudart", "libcuda.so", "libcublas"))
 
 
 def test_one_version():

@@ -1,6 +1,6 @@
 """fips_ext: shared sparse factors for transformer MLPs, ``W_i ≈ U · V_i``, small and fast."""
 
-from . import _library
+from . import _library  # noqa: F401  registers torch.ops.fips
 from .layout import BlockSparse
 from .recipe import Recipe
 

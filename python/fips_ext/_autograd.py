@@ -65,9 +65,7 @@ def _save_mlp(ctx, inputs) -> None:
     """Save ``(..., base, base_out, up, gate, down, up_bias, gate_bias, down_bias)`` and remember the shape."""
     *leading, base, base_out, up, gate, down, up_bias, gate_bias, down_bias = inputs
     flat: list[Tensor] = []
-    spec: list[
-        int | None
-    ] = []  # per argument: number of tensors of a list, -1 for one tensor, None for None
+    spec: list[int | None] = []  # per argument: number of tensors of a list, -1 for one tensor, None for None
     for argument in (*leading, base, base_out, up, gate, down, up_bias, gate_bias, down_bias):
         if argument is None:
             spec.append(None)

@@ -37,9 +37,7 @@ def _gradients(like, dtype, base, base_out, up, gate, down, up_bias, gate_bias, 
         gate_bias,
         down_bias,
     )
-    return tuple(
-        like.new_empty(0, dtype=dtype) if t is None else _contiguous_like(t, dtype) for t in sources
-    )
+    return tuple(like.new_empty(0, dtype=dtype) if t is None else _contiguous_like(t, dtype) for t in sources)
 
 
 def _shared_mlp_backward(grad_y, x, *args):

@@ -12,9 +12,7 @@ from . import _library
 from .layout import BlockSparse
 
 
-def block_sparse_mm(
-    x: Tensor, v: BlockSparse, transpose: bool = False, bias: Tensor | None = None
-) -> Tensor:
+def block_sparse_mm(x: Tensor, v: BlockSparse, transpose: bool = False, bias: Tensor | None = None) -> Tensor:
     """``x · V`` (``[..., r] → [..., n]``) or ``x · Vᵀ`` (``[..., n] → [..., r]``), plus ``bias``."""
     _library.require()
     return torch.ops.fips.block_sparse_mm(x, v.tensors(), v.rows, v.cols, transpose, bias)

@@ -165,9 +165,7 @@ class BlockSparse:
             expected = (int(block_ptr[-1]),)
         if tuple(values.shape) != expected:
             raise InvalidArgument(f"values: expected shape {expected}, got {tuple(values.shape)}")
-        return cls(
-            rows, cols, block, values, col_ptr, row_idx, row_ptr, col_idx, block_id, mask, block_ptr
-        )
+        return cls(rows, cols, block, values, col_ptr, row_idx, row_ptr, col_idx, block_id, mask, block_ptr)
 
     def with_values(self, values: Tensor) -> BlockSparse:
         """The same layout over other values (of the same shape)."""
@@ -233,9 +231,7 @@ def index_of(stored: Tensor) -> tuple[Tensor, Tensor]:
 def transpose_index(col_ptr: Tensor, row_idx: Tensor, nbk: int) -> tuple[Tensor, Tensor, Tensor]:
     """``(row_ptr, col_idx, block_id)``: the stored blocks by block row, columns increasing."""
     nbn = col_ptr.numel() - 1
-    column = torch.repeat_interleave(
-        torch.arange(nbn, device=col_ptr.device), col_ptr.diff().long()
-    )
+    column = torch.repeat_interleave(torch.arange(nbn, device=col_ptr.device), col_ptr.diff().long())
     block_id = torch.argsort(row_idx.long(), stable=True)
     row_ptr = torch.zeros(nbk + 1, dtype=torch.int32, device=col_ptr.device)
     row_ptr[1:] = torch.bincount(row_idx.long(), minlength=nbk).cumsum(0)
@@ -266,18 +262,14 @@ def _check_index(col_ptr: Tensor, row_idx: Tensor, nbk: int, nbn: int) -> None:
         raise InvalidArgument(f"col_ptr: expected {nbn + 1} entries, got {col_ptr.numel()}")
     steps = col_ptr.diff()
     if int(col_ptr[0]) != 0 or bool((steps < 0).any()) or int(col_ptr[-1]) != row_idx.numel():
-        raise InvalidArgument(
-            f"col_ptr: must rise from 0 to the number of stored blocks ({row_idx.numel()})"
-        )
+        raise InvalidArgument(f"col_ptr: must rise from 0 to the number of stored blocks ({row_idx.numel()})")
     if row_idx.numel() == 0:
         return
     if bool((row_idx < 0).any()) or bool((row_idx >= nbk).any()):
         raise InvalidArgument(
             f"row_idx: entries must lie in [0, {nbk}), got [{int(row_idx.min())}, {int(row_idx.max())}]"
         )
-    column = torch.repeat_interleave(
-        torch.arange(nbn, device=col_ptr.device), col_ptr.diff().long()
-    )
+    column = torch.repeat_interleave(torch.arange(nbn, device=col_ptr.device), col_ptr.diff().long())
     order = column * nbk + row_idx.long()
     if bool((order.diff() <= 0).any()):
         raise InvalidArgument("row_idx: must increase strictly inside each block column")

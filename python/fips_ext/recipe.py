@@ -94,9 +94,7 @@ class Recipe:
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
-                raise InvalidArgument(
-                    f"{name}: got {value!r}; expected an integer of at least {low}"
-                )
+                raise InvalidArgument(f"{name}: got {value!r}; expected an integer of at least {low}")
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise InvalidArgument(f"rank: got {self.rank!r}; expected None or a positive integer")
         for name, allowed in (
@@ -106,9 +104,7 @@ class Recipe:
             if getattr(self, name) not in allowed:
                 raise InvalidArgument(f"{name}: got {getattr(self, name)!r}; allowed are {allowed}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise InvalidArgument(
-                f"learning_rate: got {self.learning_rate!r}; expected a positive number"
-            )
+            raise InvalidArgument(f"learning_rate: got {self.learning_rate!r}; expected a positive number")
 
     @property
     def parsed_pattern(self) -> Pattern:

@@ -32,9 +32,7 @@ def check_activation(name: str) -> str:
     return name
 
 
-def block_sparse_mm(
-    x: Tensor, v: BlockSparse, transpose: bool = False, bias: Tensor | None = None
-) -> Tensor:
+def block_sparse_mm(x: Tensor, v: BlockSparse, transpose: bool = False, bias: Tensor | None = None) -> Tensor:
     """``x · V`` (``[..., r] → [..., n]``) or, transposed, ``x · Vᵀ`` (``[..., n] → [..., r]``), plus bias."""
     dense = v.to_dense()
     y = x @ (dense.t() if transpose else dense)

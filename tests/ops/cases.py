@@ -118,8 +118,6 @@ def leaves(mlp: dict) -> dict[str, Tensor]:
 def with_leaves(mlp: dict, values: dict[str, Tensor]) -> dict:
     """``mlp`` with the tensors of ``leaves`` replaced."""
     return {
-        name: value.with_values(values[name])
-        if isinstance(value, BlockSparse)
-        else values.get(name, value)
+        name: value.with_values(values[name]) if isinstance(value, BlockSparse) else values.get(name, value)
         for name, value in mlp.items()
     }

@@ -29,9 +29,7 @@ def run(tensors, x=None, rows=ROWS, cols=COLS, bias=None):
 def test_index_out_of_range(encoding, which, name, value):
     tensors = slice_tensors(encoding)
     tensors[which][-1] = value
-    with pytest.raises(
-        ValueError, match=rf"v: {name}\[\d+\] is {value}; it must lie in \[0, \d+\)"
-    ):
+    with pytest.raises(ValueError, match=rf"v: {name}\[\d+\] is {value}; it must lie in \[0, \d+\)"):
         run(tensors)
 
 
@@ -47,9 +45,7 @@ def test_pointers_must_rise_from_zero_to_the_block_count(which, name):
 def test_mask_must_agree_with_the_value_offsets():
     tensors = slice_tensors("bitmap")
     tensors[6].fill_(255)
-    with pytest.raises(
-        ValueError, match="mask of stored block 0 keeps 512 slots, but block_ptr gives it"
-    ):
+    with pytest.raises(ValueError, match="mask of stored block 0 keeps 512 slots, but block_ptr gives it"):
         run(tensors)
     tensors = slice_tensors("bitmap")
     tensors[7][-1] += 1
@@ -81,9 +77,9 @@ def test_block_edges_and_slice_length():
 def test_dtypes_shapes_and_devices():
     with pytest.raises(ValueError, match=r"v\.values: dtype is Float, but x is Double"):
         run(slice_tensors(), torch.randn(3, ROWS, dtype=torch.float64))
+    tensors = slice_tensors()
+    tensors[0] = tensors[0].int()
     with pytest.raises(ValueError, match="dtype Int is not supported"):
-        tensors = slice_tensors()
-        tensors[0] = tensors[0].int()
         run(tensors, torch.ones(3, ROWS, dtype=torch.int32))
     with pytest.raises(ValueError, match="x: last dimension is 41, but the slice is 40 x 70"):
         run(slice_tensors(), torch.randn(3, ROWS + 1))

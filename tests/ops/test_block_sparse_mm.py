@@ -69,9 +69,7 @@ def test_adjointness(encoding, tokens, seed):
 
 def test_leading_dimensions_and_strides():
     v = random_slice(40, 50, (16, 16), "block")
-    x = torch.randn(3, 40, 2, 5, dtype=torch.float64).permute(
-        3, 0, 2, 1
-    )  # [5, 3, 2, 40], not contiguous
+    x = torch.randn(3, 40, 2, 5, dtype=torch.float64).permute(3, 0, 2, 1)  # [5, 3, 2, 40], not contiguous
     y = functional.block_sparse_mm(x, v)
     assert y.shape == (5, 3, 2, 50)
     assert relative_error(y, reference.block_sparse_mm(x, v)) < 1e-13
@@ -97,9 +95,7 @@ def test_threads_do_not_change_the_result():
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
-            results.append(
-                (functional.block_sparse_mm(x, v), functional.block_sparse_sddmm(x, grad, v))
-            )
+            results.append((functional.block_sparse_mm(x, v), functional.block_sparse_sddmm(x, grad, v)))
     finally:
         torch.set_num_threads(threads)
     for product, sampled in results[1:]:
@@ -128,9 +124,7 @@ def test_opcheck_and_gradcheck(encoding, transpose):
     bias = torch.randn(20 if transpose else 35, dtype=torch.float64, requires_grad=True)
     values = v.values.clone().requires_grad_()
     tensors = [values, *v.tensors()[1:]]
-    torch.library.opcheck(
-        torch.ops.fips.block_sparse_mm.default, (x, tensors, 20, 35, transpose, bias)
-    )
+    torch.library.opcheck(torch.ops.fips.block_sparse_mm.default, (x, tensors, 20, 35, transpose, bias))
 
     def product(x, values, bias):
         return functional.block_sparse_mm(x, v.with_values(values), transpose, bias)

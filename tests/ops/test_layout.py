@@ -75,9 +75,7 @@ def test_host_refuses_inconsistent_slices():
 def test_bits_round_trip():
     bits = torch.rand(5, 7, 64) < 0.5
     assert torch.equal(unpack_bits(pack_bits(bits)), bits)
-    assert (
-        int(pack_bits(torch.tensor([[True] + [False] * 15]))[0, 0]) == 1
-    )  # least significant bit first
+    assert int(pack_bits(torch.tensor([[True] + [False] * 15]))[0, 0]) == 1  # least significant bit first
 
 
 def test_kept_zeros_stay_stored_in_a_bitmap():

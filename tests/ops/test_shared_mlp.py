@@ -12,9 +12,7 @@ from .cases import DTYPES, isa, leaves, random_mlp, relative_error, with_leaves
 __all__ = ["isa"]
 
 VARIANTS = [
-    pytest.param(
-        *flags, id=f"gated={flags[0]}-bias={flags[1]}-identity={flags[2]}-per_role={flags[3]}"
-    )
+    pytest.param(*flags, id=f"gated={flags[0]}-bias={flags[1]}-identity={flags[2]}-per_role={flags[3]}")
     for flags in itertools.product([False, True], repeat=4)
 ]
 # The chain rounds four intermediate results to the element type; float32 sums over a few hundred terms.
@@ -97,13 +95,9 @@ def test_opcheck(gated):
     arguments = flat_arguments(with_leaves(mlp, inputs))
     torch.library.opcheck(torch.ops.fips.shared_mlp.default, (x, *arguments))
     plain = flat_arguments(mlp)
-    torch.library.opcheck(
-        torch.ops.fips.shared_mlp_backward.default, (x.detach(), x.detach(), *plain)
-    )
+    torch.library.opcheck(torch.ops.fips.shared_mlp_backward.default, (x.detach(), x.detach(), *plain))
     target = torch.randn(5, 24, dtype=torch.float64)
-    torch.library.opcheck(
-        torch.ops.fips.reconstruction_loss.default, (x.detach(), target, 0.5, *arguments)
-    )
+    torch.library.opcheck(torch.ops.fips.reconstruction_loss.default, (x.detach(), target, 0.5, *arguments))
 
 
 def test_plain_pruning_and_low_rank_are_special_cases():
@@ -154,12 +148,8 @@ def test_reconstruction_loss_in_float16_does_not_underflow():
     mlp = random_mlp(False, False, False, False, "block", torch.float16)
     values = mlp["up"].values.clone().requires_grad_()
     x, target = torch.randn(64, 24).half(), torch.randn(64, 24).half()
-    scale = (
-        1e-7  # gradients near 1e-7: below float16's normal range until the loss scale is applied
-    )
-    loss = functional.reconstruction_loss(
-        x, target, scale, **{**mlp, "up": mlp["up"].with_values(values)}
-    )
+    scale = 1e-7  # gradients near 1e-7: below float16's normal range until the loss scale is applied
+    loss = functional.reconstruction_loss(x, target, scale, **{**mlp, "up": mlp["up"].with_values(values)})
     (grad,) = torch.autograd.grad(loss * 1e5, values)
     assert loss.dtype == torch.float32
     expected = reference.reconstruction_loss(x.double(), target.double(), scale, **in_double(mlp))
@@ -176,7 +166,5 @@ def test_autocast_runs_in_the_autocast_dtype():
 def test_compiles_without_graph_breaks():
     mlp = random_mlp(True, True, False, False, "bitmap", torch.float32)
     x = torch.randn(4, 24)
-    compiled = torch.compile(
-        lambda x: functional.shared_mlp(x, **mlp), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda x: functional.shared_mlp(x, **mlp), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), functional.shared_mlp(x, **mlp))
