@@ -88,7 +88,9 @@ FIPS_DEVICE void stage_w_block(const MmTask& task, const MmTile& tile, int step,
   constexpr int kChunks = Config::kWChunks;
   const T* values = static_cast<const T*>(task.values);
   static_assert(Config::kWRows * kChunks % kThreads == 0, "every pass is full");
-  FIPS_UNROLL
+  // Rows of the transposed tile lie in different blocks: finding them all at once would cost registers.
+  constexpr int kUnroll = Config::kTransposed ? 2 : 8;
+  FIPS_UNROLL_BY(kUnroll)
   for (int pass = 0; pass < Config::kWRows * kChunks / kThreads; ++pass) {
     const int item = pass * kThreads + thread_index();
     const int row = item / kChunks, chunk = item % kChunks;
