@@ -206,6 +206,7 @@ def test_compress_refuses_an_output_before_any_work(tmp_path, compressions):
         ({"--calib": "no-such-file"}, "is not a file"),
         ({"--calib": "empty.txt"}, "is empty"),
         ({"--calib": "short.txt"}, "found 5 tokens, needed 512"),
+        ({"--tokens": 10**6}, "needed 1000000 to calibrate"),
         ({"--device": "toaster"}, "allowed are 'cpu'"),
         ({"--device": "cuda:99"}, "CUDA devices"),
     ],
@@ -235,7 +236,7 @@ def test_eval_agrees_with_the_function(small, text):
 
 
 def test_eval_of_the_checkpoint_equals_dense(dense, small, text):
-    options = ["--text", text, "--context", 64, "--windows", 0]
+    options = ["--text", text, "--context", 256, "--windows", 0]
     first, second = run_json("eval", dense, *options), run_json("eval", small, *options)
     assert first["windows"] > 32
     assert first["perplexity"] == pytest.approx(second["perplexity"], rel=1e-4)

@@ -54,7 +54,7 @@ def save_tiny_llama(folder: Path) -> Path:
 
 
 def save_text(path: Path) -> Path:
-    """Fourteen thousand characters in varied lines."""
-    lines = (f"Line {i} says that {i} times {i + 1} is {i * (i + 1)}, or so they tell." for i in range(250))
+    """Some forty thousand characters in varied lines."""
+    lines = (f"Line {i} says that {i} times {i + 1} is {i * (i + 1)}, or so they tell." for i in range(700))
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

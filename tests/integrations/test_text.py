@@ -134,5 +134,6 @@ def test_calibration_is_spread_over_the_text():
     batches = text.calibration_windows(content, byte_tokenizer(), 5 * text.CALIBRATION_CONTEXT)
     firsts = byte_tokenizer().decode(torch.cat(batches)[:, 0])
     assert firsts == "acegi"
-    everything = text.calibration_windows(content, byte_tokenizer(), 10**9)
-    assert sum(batch.numel() for batch in everything) == len(content)
+    assert len(torch.cat(text.calibration_windows(content, byte_tokenizer(), 600))) == 2
+    with pytest.raises(InvalidArgument, match="holds 5120 tokens in windows of 512, needed 5121"):
+        text.calibration_windows(content, byte_tokenizer(), 5121)

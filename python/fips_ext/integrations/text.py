@@ -151,15 +151,23 @@ def token_windows(text: str, tokenizer: Any, length: int, limit: int | None = No
 
 
 def calibration_windows(text: str, tokenizer: Any, tokens: int) -> list[Tensor]:
-    """Model inputs that hold about ``tokens`` tokens of ``text``, spread evenly over it.
+    """Model inputs that hold at least ``tokens`` tokens of ``text``, spread evenly over it.
 
     Neighbouring windows speak of one subject; a spread sample sees more of the language for the same cost.
 
     Returns:
-        int64 ``[B, T]`` batches; fewer tokens than asked where the text is shorter.
+        int64 ``[B, T]`` batches.
+
+    Raises:
+        InvalidArgument: the text is shorter than that.
     """
     windows = token_windows(text, tokenizer, CALIBRATION_CONTEXT)
-    wanted = min(len(windows), -(-tokens // CALIBRATION_CONTEXT))
+    wanted = -(-tokens // CALIBRATION_CONTEXT)
+    if wanted > len(windows):
+        raise InvalidArgument(
+            f"text: holds {windows.numel()} tokens in windows of {CALIBRATION_CONTEXT}, needed {tokens} to "
+            "calibrate; give a longer text or ask for fewer calibration tokens"
+        )
     chosen = torch.arange(wanted) * len(windows) // wanted
     return list(windows[chosen].split(_CALIBRATION_BATCH))
 
