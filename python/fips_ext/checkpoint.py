@@ -279,6 +279,8 @@ def _read_structure(folder: Path) -> Json:
             "upgrade fips_ext"
         )
     wrong = [key for key, kind in SECTIONS.items() if not isinstance(structure.get(key), kind)]
+    if not wrong and not structure["mlps"]:
+        wrong = ["mlps"]
     if wrong:
         raise CheckpointError(f"{path}: {wrong} are missing or malformed; copy or save it again")
     return structure

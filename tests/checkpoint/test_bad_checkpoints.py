@@ -89,6 +89,13 @@ def test_a_section_of_another_kind(folder: Path, section: str) -> None:
         load_toy(folder)
 
 
+def test_a_structure_without_mlps(folder: Path) -> None:
+    edit_json(folder, lambda d: d.update(mlps=[]))
+    for read in (load_toy, info):
+        with pytest.raises(CheckpointError, match=r"'mlps'.*missing or malformed"):
+            read(folder)
+
+
 @pytest.mark.parametrize(
     "change",
     [

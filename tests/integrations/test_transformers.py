@@ -48,6 +48,16 @@ def test_weights_left_random_are_an_error(folder: Path) -> None:
         load_dense(folder)
 
 
+def test_a_damaged_folder(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        load_dense(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        load_dense(folder)
+
+
 def test_a_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         load_dense(tmp_path)

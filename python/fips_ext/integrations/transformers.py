@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import CheckpointError
@@ -68,9 +69,14 @@ def load_dense(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Modul
             f"folder: {str(folder)!r} has no config.json; pass a folder that transformers' "
             "save_pretrained wrote"
         )
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     options: dict[str, Any] = {"dtype": dtype or "auto", "local_files_only": True}
-    model, loaded = model_class(config).from_pretrained(str(folder), output_loading_info=True, **options)
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        model, loaded = model_class(config).from_pretrained(str(folder), output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"folder: transformers cannot load {str(folder)!r} ({error}); save or download it again"
+        ) from error
     problems = {
         kind: sorted(map(str, loaded[kind]))
         for kind in ("missing_keys", "mismatched_keys")
