@@ -1,0 +1,185 @@
+"""The CUDA kernels against the float64 oracle. Needs a GPU; the same kernels run emulated on any machine in
+tests/cpp/test_cuda_emulated.cpp."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from fips_ext import BlockSparse, _library, functional, reference
+
+from .cases import ENCODINGS, TOLERANCE, as_double, random_slice, relative_error
+
+
+def _reason_to_skip() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible to torch"
+    if not _library.available():
+        return "fips_ext has no compiled op library"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fips::block_sparse_mm", "CUDA"):
+        return "fips_ext was built without CUDA (FIPS_WITH_CUDA)"
+    return None
+
+
+_skip = _reason_to_skip()
+pytestmark = pytest.mark.skipif(_skip is not None, reason=_skip or "")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EDGES = (16, 32, 64, 128)
+
+
+def to_cuda(v: BlockSparse) -> BlockSparse:
+    fields = {f.name: getattr(v, f.name) for f in dataclasses.fields(v)}
+    return BlockSparse(**{n: t.cuda() if isinstance(t, Tensor) else t for n, t in fields.items()})
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).cuda()
+
+
+def check(v: BlockSparse, x: Tensor, transpose: bool, bias: Tensor | None = None) -> Tensor:
+    """Runs the op, compares it with the oracle and returns the result."""
+    y = functional.block_sparse_mm(x, v, transpose, bias)
+    expected = reference.block_sparse_mm(
+        x.double(), as_double(v), transpose, None if bias is None else bias.double()
+    )
+    assert y.dtype == x.dtype
+    assert y.shape == expected.shape
+    assert relative_error(y, expected) <= TOLERANCE[x.dtype]
+    return y
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_block_and_token_count(dtype, encoding, transpose):
+    for bk in EDGES:
+        for bn in EDGES:
+            v = to_cuda(random_slice(2 * bk + 10, 3 * bn + 7, (bk, bn), encoding, dtype))
+            bias = randn(v.rows if transpose else v.cols, dtype=dtype, seed=2)
+            for tokens in (0, 1, 7, 130):
+                x = randn(tokens, v.cols if transpose else v.rows, dtype=dtype)
+                check(v, x, transpose, bias if tokens != 7 else None)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [40, 1000, 5000])
+def test_every_tile_height(dtype, transpose, tokens):
+    v = to_cuda(random_slice(776, 3080, (64, 64), "block", dtype))
+    check(v, randn(tokens, v.cols if transpose else v.rows, dtype=dtype), transpose)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_and_unaligned_inputs(dtype, encoding):
+    v = to_cuda(random_slice(101, 75, (32, 16), encoding, dtype))
+    wide = randn(33, 260, dtype=dtype)
+    check(v, wide[:, 3:104], False)  # rows far apart, unaligned
+    check(v, wide[:, 8:109], False)
+    check(v, wide[:, ::2][:, :101], False)  # features apart: copied
+    check(v, randn(101, 9, dtype=dtype).t(), False)
+    check(v, randn(2, 3, 5, 75, dtype=dtype), True)
+    check(v, randn(101, dtype=dtype), False)
+    check(v, randn(1, 101, dtype=dtype).expand(6, 101), False)
+    shifted = torch.empty(v.values.numel() + 1, dtype=dtype, device="cuda")[1:].view(v.values.shape)
+    check(v.with_values(shifted.copy_(v.values)), randn(5, 101, dtype=dtype), False)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_empty_slices(encoding):
+    dense = torch.zeros(48, 80, dtype=torch.bfloat16)
+    v = to_cuda(BlockSparse.from_dense(dense, (16, 16), encoding))
+    bias = randn(80, dtype=torch.bfloat16)
+    y = functional.block_sparse_mm(randn(5, 48, dtype=torch.bfloat16), v, False, bias)
+    assert torch.equal(y, bias.expand(5, 80))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_is_no_larger_than_the_vendors(dtype):
+    v = to_cuda(random_slice(1024, 2048, (64, 64), "block", dtype))
+    x = randn(512, 1024, dtype=dtype)
+    expected = x.double() @ as_double(v).to_dense()
+    ours = relative_error(functional.block_sparse_mm(x, v), expected)
+    vendors = relative_error(x @ v.to_dense(), expected)
+    assert ours <= 1.1 * vendors + 1e-7
+
+
+def test_same_result_every_time():
+    v = to_cuda(random_slice(768, 3072, (64, 64), "block", torch.bfloat16))
+    for tokens in (4, 700):
+        x = randn(tokens, 768, dtype=torch.bfloat16)
+        first = functional.block_sparse_mm(x, v)
+        assert all(torch.equal(first, functional.block_sparse_mm(x, v)) for _ in range(5))
+
+
+def test_runs_on_the_current_stream():
+    v = to_cuda(random_slice(768, 3072, (64, 64), "block", torch.bfloat16))
+    x = randn(256, 768, dtype=torch.bfloat16)
+    want = functional.block_sparse_mm(x, v)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(50_000_000)  # a kernel on the wrong stream would read the zeros
+        late.copy_(x)
+        got = functional.block_sparse_mm(late, v)
+    stream.synchronize()
+    assert torch.equal(got, want)
+
+
+def test_captured_in_a_graph():
+    v = to_cuda(random_slice(768, 3072, (64, 64), "block", torch.bfloat16))
+    x = randn(8, 768, dtype=torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # also the first launch of this process, or near it
+        y = functional.block_sparse_mm(x, v)
+        back = functional.block_sparse_mm(y, v, True)
+    x.copy_(randn(8, 768, dtype=torch.bfloat16, seed=3))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, functional.block_sparse_mm(x, v))
+    assert torch.equal(back, functional.block_sparse_mm(y, v, True))
+
+
+def test_more_than_two_to_the_31_elements():
+    tokens, stride = 2**21, 1040
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    v = to_cuda(random_slice(32, 16, (16, 16), "block", torch.bfloat16))
+    x = torch.zeros(tokens, stride, dtype=torch.bfloat16, device="cuda")[:, :32]
+    x[-50:] = randn(50, 32, dtype=torch.bfloat16)
+    y = functional.block_sparse_mm(x, v)
+    assert torch.equal(y[-50:], functional.block_sparse_mm(x[-50:].clone(), v))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_broken_indices_are_skipped(encoding, transpose):
+    v = to_cuda(random_slice(200, 300, (32, 32), encoding, torch.bfloat16))
+    far = 2**31 - 1
+    for name in ("row_idx", "col_idx", "block_id"):
+        getattr(v, name)[:3] = torch.tensor([far, -1, 10**6], dtype=torch.int32)
+    for name in ("col_ptr", "row_ptr"):
+        getattr(v, name)[0] = -far
+        getattr(v, name)[-1] = far
+    if v.block_ptr is not None:
+        v.block_ptr[1:4] = torch.tensor([far, -far, 10**8], dtype=torch.int32)
+    y = functional.block_sparse_mm(randn(9, 300 if transpose else 200, dtype=torch.bfloat16), v, transpose)
+    torch.cuda.synchronize()
+    assert torch.isfinite(y).all()
+
+
+def test_wrong_arguments_are_refused():
+    v = to_cuda(random_slice(64, 64, (16, 16), "block", torch.float32))
+    x = randn(4, 64, dtype=torch.float32)
+    with pytest.raises((ValueError, RuntimeError), match="bias"):
+        functional.block_sparse_mm(x, v, False, torch.zeros(64))
+    with pytest.raises((ValueError, RuntimeError), match="float64"):
+        functional.block_sparse_mm(x.double(), as_double(v))
+    with pytest.raises((ValueError, RuntimeError), match="last dimension"):
+        functional.block_sparse_mm(x[:, :60], v)
