@@ -62,7 +62,7 @@ def _sddmm_backward(ctx, grad):
 
 
 def _save_mlp(ctx, inputs) -> None:
-    """Save ``(..., base, base_out, up, gate, down, up_bias, gate_bias, down_bias)`` and remember the shape."""
+    """Save ``(..., base, base_out, up, gate, down, *biases)`` flat and remember how to unflatten."""
     *leading, base, base_out, up, gate, down, up_bias, gate_bias, down_bias = inputs
     flat: list[Tensor] = []
     spec: list[int | None] = []  # per argument: number of tensors of a list, -1 for one tensor, None for None

@@ -54,7 +54,8 @@ class Recipe:
         pattern: ``bitmap``, ``bitmap:BKxBN``, ``block:BKxBN`` or ``dense``.
         group_size: consecutive transformer blocks that share a base.
         rank: stored base vectors per base; None lets the budget solver choose.
-        base: ``shared`` = ``U``; ``identity`` = ``I`` (plain pruning); ``both`` = ``[U, I]`` (sparse + low rank).
+        base: ``shared`` = ``U``; ``identity`` = ``I`` (plain pruning); ``both`` = ``[U, I]`` (sparse + low
+            rank).
         per_role: one base for the input side (fc1, gate, up) and one for the output side (fc2, down).
         init: ``whitened`` (calibrated) or ``svd`` (data-free).
         refit: ridge refit of the base after masking.

@@ -14,8 +14,8 @@ _DERIVED = ("row_ptr", "col_idx", "block_id", "block_ptr")
 class SparseFactor(nn.Module):
     """A :class:`BlockSparse` slice: ``values`` is the parameter, the index is buffers.
 
-    What a checkpoint needs (``values, col_ptr, row_idx, mask``) is in the ``state_dict``; the transposed index
-    and the value offsets are derived again after loading.
+    What a checkpoint needs (``values, col_ptr, row_idx, mask``) is in the ``state_dict``; the transposed
+    index and the value offsets are derived again after loading.
     """
 
     def __init__(self, slice_: BlockSparse) -> None:
