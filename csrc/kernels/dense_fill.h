@@ -7,15 +7,25 @@
 #include "core/format.h"
 #include "core/parallel.h"
 
-namespace fips::cpu {
+namespace fips {
+
+struct GatherParams {
+  BlockSparseView v;            // v.values is not read
+  const void* dense = nullptr;  // [cols, rows] contiguous
+  DType dense_dtype = DType::kFloat32;
+  void* out = nullptr;  // laid out like v.values, in the accumulator type of dense_dtype
+  bool accumulate = false;
+};
+
+namespace cpu {
 
 // Writes V^T, zero-filled, as [cols, rows] contiguous in v.dtype (k contiguous, as in the stored
 // blocks).
 void fill_dense_transposed(const BlockSparseView& v, void* out, const Parallel& parallel);
 
-// values_out (laid out like v.values, accumulator type) = or += the stored slots of `dense`, a
-// contiguous [cols, rows] matrix of element type `dense_dtype`.
-void gather_stored(const BlockSparseView& v, const void* dense, DType dense_dtype, void* out,
-                   bool accumulate, const Parallel& parallel);
+// out = (or, accumulating, +=) the stored slots of a dense matrix; slots in the padding read as
+// zero.
+void gather_stored(const GatherParams& params, const Parallel& parallel);
 
-}  // namespace fips::cpu
+}  // namespace cpu
+}  // namespace fips

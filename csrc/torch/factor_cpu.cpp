@@ -41,8 +41,13 @@ void Factor::add_sddmm(const Tensor& a, const Tensor& b, const Tensor& sums) con
   if (choose_mm_path(mm_shape(view(), tokens)) == MmPath::kDensified) {
     const Tensor dense =
         torch::stable::contiguous(torch::stable::matmul(transposed(b), a));  // [n, r]
-    cpu::gather_stored(view(), dense.const_data_ptr(), view().dtype, sums.mutable_data_ptr(), true,
-                       kTorchThreads);
+    GatherParams p;
+    p.v = view();
+    p.dense = dense.const_data_ptr();
+    p.dense_dtype = view().dtype;
+    p.out = sums.mutable_data_ptr();
+    p.accumulate = true;
+    cpu::gather_stored(p, kTorchThreads);
     return;
   }
   BlockSparseSddmmParams p;

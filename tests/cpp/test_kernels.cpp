@@ -193,27 +193,39 @@ TEST_P(Kernels, ActivationsSurviveExtremes) {
   }
 }
 
+TEST_P(Kernels, GathersWhatItFilled) {
+  for (int32_t bk : {16, 64}) {
+    for (bool bitmap : {false, true}) {
+      const DenseSlice dense = random_dense(45, 83, 0.3, 19);
+      const PackedSlice slice = pack(dense, bk, 32, bitmap);
+      const BlockSparseView v = slice.view(DType::kFloat32);
+      std::vector<float> transposed(static_cast<size_t>(dense.rows * dense.cols), -1.0f);
+      cpu::fill_dense_transposed(v, transposed.data(), kManyThreads);
+      for (int64_t k = 0; k < dense.rows; ++k) {
+        for (int64_t j = 0; j < dense.cols; ++j) {
+          ASSERT_EQ(transposed[j * dense.rows + k], dense.values[k * dense.cols + j]);
+        }
+      }
+      std::vector<float> gathered(static_cast<size_t>(slice.num_values()), 7.0f);
+      GatherParams p;
+      p.v = v;
+      p.dense = transposed.data();
+      p.out = gathered.data();
+      cpu::gather_stored(p, kManyThreads);
+      ASSERT_EQ(std::memcmp(gathered.data(), slice.values.data(), slice.values.size()), 0);
+      p.accumulate = true;
+      cpu::gather_stored(p, kSerial);
+      const auto* values = reinterpret_cast<const float*>(slice.values.data());
+      for (int64_t i = 0; i < slice.num_values(); ++i) {
+        ASSERT_EQ(gathered[i], 2 * values[i]);
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(EveryIsa, Kernels,
                          ::testing::Values(cpu::Isa::kScalar, cpu::Isa::kAvx2, cpu::Isa::kAvx512),
                          [](const auto& instance) { return cpu::isa_name(instance.param); });
-
-TEST(DenseFill, GathersWhatItFilled) {
-  const DenseSlice dense = random_dense(45, 83, 0.3, 19);
-  for (bool bitmap : {false, true}) {
-    const PackedSlice slice = pack(dense, 16, 64, bitmap);
-    const BlockSparseView v = slice.view(DType::kFloat32);
-    std::vector<float> transposed(static_cast<size_t>(dense.rows * dense.cols), -1.0f);
-    cpu::fill_dense_transposed(v, transposed.data(), kManyThreads);
-    for (int64_t k = 0; k < dense.rows; ++k) {
-      for (int64_t j = 0; j < dense.cols; ++j) {
-        ASSERT_EQ(transposed[j * dense.rows + k], dense.values[k * dense.cols + j]);
-      }
-    }
-    std::vector<float> gathered(static_cast<size_t>(slice.num_values()));
-    cpu::gather_stored(v, transposed.data(), DType::kFloat32, gathered.data(), false, kManyThreads);
-    EXPECT_EQ(std::memcmp(gathered.data(), slice.values.data(), slice.values.size()), 0);
-  }
-}
 
 TEST(Reduce, DoesNotDependOnThreads) {
   const std::vector<float> target = random_vector(100000, 20);

@@ -7,6 +7,7 @@
 #include "kernels/activation.h"
 #include "kernels/block_sparse_mm.h"
 #include "kernels/block_sparse_sddmm.h"
+#include "kernels/dense_fill.h"
 
 namespace fips::cpu {
 
@@ -22,6 +23,8 @@ struct KernelTable {
   void (*mm_stream)(const BlockSparseMmParams& params, const void* rows, int64_t begin,
                     int64_t end);
   void (*sddmm)(const BlockSparseSddmmParams& params, int64_t begin, int64_t end);
+  void (*fill)(const BlockSparseView& v, void* out, int64_t begin, int64_t end);
+  void (*gather)(const GatherParams& params, int64_t begin, int64_t end);
   void (*activation_forward)(const ActivationParams& params, int64_t begin, int64_t end);
   void (*activation_backward)(const ActivationParams& params, int64_t begin, int64_t end);
 };

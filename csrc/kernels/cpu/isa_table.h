@@ -3,13 +3,22 @@
 #include "kernels/cpu/activation_impl.h"
 #include "kernels/cpu/block_sparse_mm_impl.h"
 #include "kernels/cpu/block_sparse_sddmm_impl.h"
+#include "kernels/cpu/dense_fill_impl.h"
 
 namespace fips::cpu::FIPS_ISA {
 
 extern const KernelTable kTable;
 const KernelTable kTable = {
-    mm_token_tile,           mm_tiles_per_task,      mm_pack, mm_tiled, mm_stream, sddmm,
-    activation_range<false>, activation_range<true>,
+    mm_token_tile,
+    mm_tiles_per_task,
+    mm_pack,
+    mm_tiled,
+    mm_stream,
+    sddmm,
+    fill,
+    gather,
+    activation_range<false>,
+    activation_range<true>,
 };
 
 }  // namespace fips::cpu::FIPS_ISA
