@@ -1,5 +1,6 @@
-// block_sparse_mm for float32 by scalar multiply-adds: every thread sums a small grid of outputs, tokens
-// 8 apart and features 16 apart, so that a warp's shared-memory reads are broadcasts or free of conflicts.
+// block_sparse_mm for float32 by scalar multiply-adds: every thread sums a small grid of outputs,
+// tokens 8 apart and features 16 apart, so that a warp's shared-memory reads are broadcasts or free
+// of conflicts.
 #pragma once
 
 #include "kernels/cuda/block_sparse_mm_load.cuh"
@@ -55,7 +56,8 @@ FIPS_DEVICE void multiply_chunk(FfmaSums<Config>& sums, const unsigned char* sta
   }
   FIPS_UNROLL
   for (int j = 0; j < Threads::kOutSteps; ++j) {
-    const Chunk<float> w = read_w<Config>(stage + Config::kXBytes, first_out + j * Threads::kOut, chunk);
+    const Chunk<float> w =
+        read_w<Config>(stage + Config::kXBytes, first_out + j * Threads::kOut, chunk);
     FIPS_UNROLL
     for (int i = 0; i < Threads::kTokenSteps; ++i) {
       FIPS_UNROLL

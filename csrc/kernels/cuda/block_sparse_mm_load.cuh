@@ -1,9 +1,10 @@
 // Global to shared memory for block_sparse_mm: one pipeline stage covers kReduce positions of the
 // reduction axis, which is the stored blocks of one output block laid end to end (indexing.h).
 //   x tile  [kTokens][kReduce]                         reduction contiguous
-//   w tile  [kOut][kReduce], or [kReduce][kOut] for the transposed product, as the blocks are stored
-// Both are swizzled. Positions past the end, features past a ragged edge, tokens past the last one and
-// index entries out of range are zeros.
+//   w tile  [kOut][kReduce], or [kReduce][kOut] for the transposed product, as the blocks are
+//   stored
+// Both are swizzled. Positions past the end, features past a ragged edge, tokens past the last one
+// and index entries out of range are zeros.
 #pragma once
 
 #include "kernels/cuda/block_sparse_mm_task.h"
@@ -53,7 +54,8 @@ FIPS_DEVICE BlockRef block_at(const MmTask& task, const MmTile& tile, int positi
     return {-1, 0};
   }
   const int id = task.block_id == nullptr ? entry : task.block_id[entry];
-  return checked_ref(id, task.reduce_index[entry], task.num_blocks, task.reduce_blocks, task.reduce_shift);
+  return checked_ref(id, task.reduce_index[entry], task.num_blocks, task.reduce_blocks,
+                     task.reduce_shift);
 }
 
 FIPS_DEVICE int offset_in_block(const MmTask& task, int position) {
@@ -83,14 +85,13 @@ FIPS_DEVICE void stage_x(const MmTask& task, const MmTile& tile, int step, unsig
 
 // `block` encoding: chunks are copied as they are stored.
 template <class Config, int kThreads>
-FIPS_DEVICE void stage_w_block(const MmTask& task, const MmTile& tile, int step, unsigned char* w_tile) {
+FIPS_DEVICE void stage_w_block(const MmTask& task, const MmTile& tile, int step,
+                               unsigned char* w_tile) {
   using T = typename Config::Element;
   constexpr int kChunks = Config::kWChunks;
   const T* values = static_cast<const T*>(task.values);
   static_assert(Config::kWRows * kChunks % kThreads == 0, "every pass is full");
-  // Rows of the transposed tile lie in different blocks: finding them all at once would cost registers.
-  constexpr int kUnroll = Config::kTransposed ? 2 : 8;
-  FIPS_UNROLL_BY(kUnroll)
+  FIPS_UNROLL_BY(2)  // more would only hold more addresses in registers
   for (int pass = 0; pass < Config::kWRows * kChunks / kThreads; ++pass) {
     const int item = pass * kThreads + thread_index();
     const int row = item / kChunks, chunk = item % kChunks;
@@ -101,23 +102,26 @@ FIPS_DEVICE void stage_w_block(const MmTask& task, const MmTile& tile, int step,
     const int offset = offset_in_block(task, position);
     const int j = Config::kTransposed ? offset : out, k = Config::kTransposed ? out : offset;
     const int count = block.id < 0 ? 0 : Config::kChunk;
-    const T* source = count > 0 ? values + block.id * int64_t{task.slots} + (j << task.k_shift) + k : values;
+    const T* source =
+        count > 0 ? values + block.id * int64_t{task.slots} + (j << task.k_shift) + k : values;
     stage_chunk(w_tile + swizzled_offset<kChunks>(row, chunk), source, count, task.wide_values);
   }
 }
 
-// ---- `bitmap` encoding ---------------------------------------------------------------------------
+// ---- `bitmap` encoding
+// ---------------------------------------------------------------------------
 
 FIPS_DEVICE uint32_t load_mask_word(const MmTask& task, int id, int word) {
   const uint8_t* source = task.mask + int64_t{id} * (task.slots / 8) + word * 4;
   if (task.wide_mask) {
     return *reinterpret_cast<const uint32_t*>(source);
   }
-  return source[0] | uint32_t{source[1]} << 8 | uint32_t{source[2]} << 16 | uint32_t{source[3]} << 24;
+  return source[0] | uint32_t{source[1]} << 8 | uint32_t{source[2]} << 16 |
+         uint32_t{source[3]} << 24;
 }
 
-// Where slot (j, k) of a block whose first reduction position in this stage is `shift_in` belongs in the
-// w tile; -1 when the slot lies outside the stage.
+// Where slot (j, k) of a block whose first reduction position in this stage is `shift_in` belongs
+// in the w tile; -1 when the slot lies outside the stage.
 template <class Config>
 FIPS_DEVICE int slot_offset(int j, int k, int shift_in) {
   using T = typename Config::Element;
@@ -130,8 +134,9 @@ FIPS_DEVICE int slot_offset(int j, int k, int shift_in) {
          (column % Config::kChunk) * static_cast<int>(sizeof(T));
 }
 
-// One warp expands up to 32 mask words (32 slots each) of stored block `id`, from `first_word` on. A word
-// is one step of the warp, a slot one lane: a lane finds its value by counting the ones before its own.
+// One warp expands up to 32 mask words (32 slots each) of stored block `id`, from `first_word` on.
+// A word is one step of the warp, a slot one lane: a lane finds its value by counting the ones
+// before its own.
 template <class Config>
 FIPS_DEVICE void expand_words(const MmTask& task, int id, int first_word, int words, int shift_in,
                               unsigned char* w_tile) {
@@ -150,7 +155,8 @@ FIPS_DEVICE void expand_words(const MmTask& task, int id, int first_word, int wo
     const uint32_t bits = shuffle(mine, word);
     const int64_t index = base + shuffle(start, word) + popcount(bits & ((1u << lane) - 1u));
     const int slot = (first_word + word) * 32 + lane;
-    const int offset = slot_offset<Config>(slot >> task.k_shift, slot & ((1 << task.k_shift) - 1), shift_in);
+    const int offset =
+        slot_offset<Config>(slot >> task.k_shift, slot & ((1 << task.k_shift) - 1), shift_in);
     // A mask and value_ptr that disagree must not lead out of the values.
     const bool stored = (bits >> lane & 1u) != 0 && index >= 0 && index < task.num_values;
     if (offset >= 0) {
@@ -160,7 +166,8 @@ FIPS_DEVICE void expand_words(const MmTask& task, int id, int first_word, int wo
 }
 
 template <class Config, int kThreads>
-FIPS_DEVICE void stage_w_bitmap(const MmTask& task, const MmTile& tile, int step, unsigned char* w_tile) {
+FIPS_DEVICE void stage_w_bitmap(const MmTask& task, const MmTile& tile, int step,
+                                unsigned char* w_tile) {
   const int first = step * Config::kReduce;
   const int edge = 1 << task.reduce_shift;
   const int blocks = edge < Config::kReduce ? Config::kReduce / edge : 1;
@@ -171,13 +178,15 @@ FIPS_DEVICE void stage_w_bitmap(const MmTask& task, const MmTile& tile, int step
     const int position = first + which * edge;
     const int words = block_words < kWarpSize ? block_words : kWarpSize;
     const int shift_in = which * edge - offset_in_block(task, position);
-    expand_words<Config>(task, block_at(task, tile, position).id, first_word, words, shift_in, w_tile);
+    expand_words<Config>(task, block_at(task, tile, position).id, first_word, words, shift_in,
+                         w_tile);
   }
 }
 
 // Starts stage `step` of a tile; completes after cp_async_wait and a barrier.
 template <class Config, int kThreads>
-FIPS_DEVICE void start_stage(const MmTask& task, const MmTile& tile, int step, unsigned char* stage) {
+FIPS_DEVICE void start_stage(const MmTask& task, const MmTile& tile, int step,
+                             unsigned char* stage) {
   stage_x<Config, kThreads>(task, tile, step, stage);
   if constexpr (Config::kBitmap) {
     stage_w_bitmap<Config, kThreads>(task, tile, step, stage + Config::kXBytes);
@@ -186,8 +195,9 @@ FIPS_DEVICE void start_stage(const MmTask& task, const MmTile& tile, int step, u
   }
 }
 
-// Runs `compute(stage)` over the whole reduction with kStages - 1 stages in flight. One barrier a step is
-// enough: the slot refilled at a step was read at the previous one, before that step's barrier.
+// Runs `compute(stage)` over the whole reduction with kStages - 1 stages in flight. One barrier a
+// step is enough: the slot refilled at a step was read at the previous one, before that step's
+// barrier.
 template <class Config, int kThreads, class Compute>
 FIPS_DEVICE void pipeline(const MmTask& task, const MmTile& tile, unsigned char* shared,
                           const Compute& compute) {
@@ -201,7 +211,8 @@ FIPS_DEVICE void pipeline(const MmTask& task, const MmTile& tile, unsigned char*
       block_barrier();
     }
     if (step + kAhead < steps) {
-      start_stage<Config, kThreads>(task, tile, step + kAhead, shared + refill * Config::kTileBytes);
+      start_stage<Config, kThreads>(task, tile, step + kAhead,
+                                    shared + refill * Config::kTileBytes);
     }
     cp_async_commit();  // an empty group keeps the count of groups equal to the count of steps
     if (step >= 0) {

@@ -1,5 +1,5 @@
-// block_sparse_mm for bfloat16 and float16 on tensor cores (mma.sync, sm_80 and later): tokens are the
-// 16 rows of an instruction, output features its 8 columns, sums are float32.
+// block_sparse_mm for bfloat16 and float16 on tensor cores (mma.sync, sm_80 and later): tokens are
+// the 16 rows of an instruction, output features its 8 columns, sums are float32.
 #pragma once
 
 #include "kernels/cuda/block_sparse_mm_load.cuh"
@@ -7,8 +7,8 @@
 
 namespace fips::cuda {
 
-// How the warps of a thread block share a tile: by tokens, by outputs, and, when the tile is too small for
-// that, by reduction steps (their sums are added at the end, in a fixed order).
+// How the warps of a thread block share a tile: by tokens, by outputs, and, when the tile is too
+// small for that, by reduction steps (their sums are added at the end, in a fixed order).
 template <class Config>
 struct MmaWarps {
   static constexpr int kTokens = Config::kTokens == 16   ? 1
@@ -20,8 +20,9 @@ struct MmaWarps {
   static constexpr int kSplit = Config::kTokens == 16 ? 4 / kOut : 1;
   static constexpr int kCount = kTokens * kOut * kSplit;
   static constexpr int kThreads = kCount * kWarpSize;
-  static constexpr int kTokenSteps = Config::kTokens / kTokens / 16;  // instructions down a warp's tile
-  static constexpr int kOutSteps = Config::kOut / kOut / 8;           // and across it
+  static constexpr int kTokenSteps =
+      Config::kTokens / kTokens / 16;                        // instructions down a warp's tile
+  static constexpr int kOutSteps = Config::kOut / kOut / 8;  // and across it
   static constexpr int kMinBlocks = resident_blocks(kThreads, kTokenSteps* kOutSteps * 4);
 };
 
@@ -46,7 +47,8 @@ struct MmaSums {
 
 // B fragments of 16 reduction positions x 16 outputs: {b0, b1} of two instructions.
 template <class Config>
-FIPS_DEVICE void load_w_fragments(uint32_t (&b)[4], const unsigned char* w_tile, int out, int reduce) {
+FIPS_DEVICE void load_w_fragments(uint32_t (&b)[4], const unsigned char* w_tile, int out,
+                                  int reduce) {
   constexpr int kChunks = Config::kWChunks;
   if constexpr (Config::kTransposed) {
     const Coord at = ldmatrix_b_transposed(lane_index());
@@ -61,8 +63,8 @@ FIPS_DEVICE void load_w_fragments(uint32_t (&b)[4], const unsigned char* w_tile,
 
 // One instruction's depth, 16 reduction positions, of the warp's tile.
 template <class Config>
-FIPS_DEVICE void multiply_step(MmaSums<Config>& sums, const unsigned char* stage, const WarpPlace& place,
-                               int reduce) {
+FIPS_DEVICE void multiply_step(MmaSums<Config>& sums, const unsigned char* stage,
+                               const WarpPlace& place, int reduce) {
   using Warps = MmaWarps<Config>;
   uint32_t a[Warps::kTokenSteps][4];
   const Coord at = ldmatrix_a(lane_index());
@@ -128,7 +130,8 @@ FIPS_DEVICE void store_sums(const MmTask& task, const MmTile& tile, const MmaSum
       for (int half = 0; half < 2; ++half) {
         const float(&sum)[4] = sums.value[i][j];
         const int row = i * 16 + accumulator_coord(lane_index(), 2 * half).row;
-        store_two<T>(task, first_token + row, feature, sum[2 * half] + bias0, sum[2 * half + 1] + bias1);
+        store_two<T>(task, first_token + row, feature, sum[2 * half] + bias0,
+                     sum[2 * half + 1] + bias1);
       }
     }
   }

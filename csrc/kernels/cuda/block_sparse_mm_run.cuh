@@ -20,8 +20,8 @@ void allow_shared_memory(Kernel* kernel) {
   if ((allowed.load(std::memory_order_relaxed) & bit) != 0) {
     return;
   }
-  FIPS_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes));
+  FIPS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       Config::kSharedBytes));
   allowed.fetch_or(bit, std::memory_order_relaxed);
 }
 
@@ -31,7 +31,8 @@ void run_kernel(Kernel* kernel, int threads, const MmLaunch& launch) {
   FIPS_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "block_sparse_mm: ", launch.task.tokens,
              " tokens need ", blocks, " thread blocks, at most 2147483647 fit one launch; split x");
   allow_shared_memory<Config>(kernel);
-  kernel<<<static_cast<unsigned>(blocks), threads, Config::kSharedBytes, launch.stream>>>(launch.task);
+  kernel<<<static_cast<unsigned>(blocks), threads, Config::kSharedBytes, launch.stream>>>(
+      launch.task);
   FIPS_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -21,8 +21,9 @@ struct alignas(2 * sizeof(T)) Pair {
   T element[2];
 };
 
-// Thread blocks of `threads` threads, each with `live` registers of sums and operands, that should share a
-// multiprocessor: as many as fit without spilling. Left to itself the compiler aims higher and spills.
+// Thread blocks of `threads` threads, each with `live` registers of sums and operands, that should
+// share a multiprocessor: as many as fit without spilling. Left to itself the compiler aims higher
+// and spills.
 constexpr int resident_blocks(int threads, int live) {
   const bool wide = threads > 128;  // 168 registers would leave room for one block only
   const int registers = live <= 16 ? 96 : live <= 32 || wide ? 128 : live <= 64 ? 168 : 255;
@@ -67,8 +68,8 @@ FIPS_DEVICE Chunk<T> load_chunk_narrow(const T* source, int count) {
   return chunk;
 }
 
-// Copies the first `count` elements of a chunk to shared memory and fills the rest with zeros. A wide copy
-// is asynchronous, so readers wait for the copies and then for the block's barrier.
+// Copies the first `count` elements of a chunk to shared memory and fills the rest with zeros. A
+// wide copy is asynchronous, so readers wait for the copies and then for the block's barrier.
 template <class T>
 FIPS_DEVICE void stage_chunk(unsigned char* target, const T* source, int count, bool wide) {
   if (wide) {

@@ -1,6 +1,6 @@
-// Everything the kernels ask of the hardware beyond C++: thread and warp primitives, asynchronous copies,
-// tensor-core instructions (sm_80 and later). With FIPS_HOST_EMULATION the same functions come from
-// emulation.h and the same kernel source runs on the CPU.
+// Everything the kernels ask of the hardware beyond C++: thread and warp primitives, asynchronous
+// copies, tensor-core instructions (sm_80 and later). With FIPS_HOST_EMULATION the same functions
+// come from emulation.h and the same kernel source runs on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,8 @@
 
 namespace fips::cuda {
 
-// ---- threads -------------------------------------------------------------------------------------
+// ---- threads
+// -------------------------------------------------------------------------------------
 
 FIPS_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 FIPS_DEVICE int64_t block_index() { return blockIdx.x; }
@@ -33,11 +34,14 @@ FIPS_DEVICE unsigned char* dynamic_shared_memory() {
 }
 
 // The value of `source` lane; every lane of the warp takes part.
-FIPS_DEVICE uint32_t shuffle(uint32_t value, int source) { return __shfl_sync(0xffffffffu, value, source); }
+FIPS_DEVICE uint32_t shuffle(uint32_t value, int source) {
+  return __shfl_sync(0xffffffffu, value, source);
+}
 
 FIPS_DEVICE int popcount(uint32_t bits) { return __popc(bits); }
 
-// ---- copies to shared memory ---------------------------------------------------------------------
+// ---- copies to shared memory
+// ---------------------------------------------------------------------
 
 using SharedAddress = uint32_t;
 
@@ -47,8 +51,8 @@ FIPS_DEVICE SharedAddress shared_address(const void* pointer) {
 
 // 16 bytes, of which the first `bytes` come from `source` (16-byte aligned) and the rest are zeros.
 FIPS_DEVICE void cp_async_16(SharedAddress target, const void* source, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(target), "l"(source),
-               "r"(bytes)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(target),
+               "l"(source), "r"(bytes)
                : "memory");
 }
 
@@ -60,7 +64,8 @@ FIPS_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-// ---- tensor cores --------------------------------------------------------------------------------
+// ---- tensor cores
+// --------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 FIPS_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
@@ -82,8 +87,8 @@ template <class T>
 FIPS_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 template <>
-__device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                       uint32_t b1) {
+__device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&d)[4], const uint32_t (&a)[4],
+                                                       uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -91,15 +96,16 @@ __device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&d)[4], const uint
 }
 
 template <>
-__device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                   uint32_t b1) {
+__device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t (&a)[4],
+                                                   uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// ---- element types -------------------------------------------------------------------------------
+// ---- element types
+// -------------------------------------------------------------------------------
 
 FIPS_DEVICE float to_float(float x) { return x; }
 FIPS_DEVICE float to_float(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
