@@ -1,8 +1,47 @@
-"""fips_ext: shared sparse factors for transformer MLPs, ``W_i ≈ U · V_i``, small and fast."""
+"""fips_ext: shared sparse factors for transformer MLPs, ``W_i ≈ U · V_i``, small and fast.
+
+Importing it registers ``torch.ops.fips.*``. The rest is loaded when first used, so that a codebase that only
+calls the ops does not pay for transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 from . import _library  # noqa: F401  registers torch.ops.fips
 from .layout import BlockSparse
 from .recipe import Recipe
 
+if TYPE_CHECKING:
+    from .checkpoint import from_pretrained, info, save_pretrained
+    from .compress import compress
+    from .report import Report
+
 __version__ = "0.1.0"
-__all__ = ["BlockSparse", "Recipe", "__version__"]
+__all__ = [
+    "BlockSparse",
+    "Recipe",
+    "Report",
+    "__version__",
+    "compress",
+    "from_pretrained",
+    "info",
+    "save_pretrained",
+]
+
+_LAZY = {
+    "Report": "report",
+    "compress": "compress",
+    "from_pretrained": "checkpoint",
+    "info": "checkpoint",
+    "save_pretrained": "checkpoint",
+}
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value  # also replaces the submodule that importing `compress` bound to its name
+    return value
