@@ -1,0 +1,239 @@
+"""Bytes and multiply-adds of a group of MLPs, and the solver that makes them meet a ratio.
+
+What is counted is what a checkpoint stores: bases, values, block index, masks and biases, all value tensors
+in one dtype (arXiv 2411.09816 counts ``d·r + nnz(V)`` values only and forgets the rest).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .errors import BudgetError
+from .layout import grid_shape
+from .nn import SharedMLP
+from .recipe import Pattern, Recipe
+
+_INDEX_BYTES = 4  # col_ptr and row_idx are int32
+
+# Many sparse base vectors beat few dense ones at equal bytes, down to about this density of V.
+_LEAST_DENSITY = 0.2
+# A low-rank part beside the identity takes this share of the width.
+_LOW_RANK_SHARE = 1 / 16
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupShape:
+    """The sizes of a group of equal MLPs.
+
+    Attributes:
+        width, hidden: ``d`` and ``n``.
+        gated: three matrices per MLP instead of two.
+        layers: MLPs in the group.
+        biases: bias values of the whole group.
+        element_size: bytes of one value, in the dense as in the compressed model.
+    """
+
+    width: int
+    hidden: int
+    gated: bool
+    layers: int
+    biases: int = 0
+    element_size: int = 2
+
+    @property
+    def slices(self) -> int:
+        """Matrices in the group."""
+        return self.layers * (3 if self.gated else 2)
+
+    @property
+    def columns(self) -> int:
+        """``C``: columns of the concatenated group."""
+        return self.slices * self.hidden
+
+    @property
+    def dense_bytes(self) -> int:
+        return (self.width * self.columns + self.biases) * self.element_size
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-adds per token of the dense group."""
+        return self.width * self.columns
+
+
+class Stored(NamedTuple):
+    """What a plan stores beside its values: one term of :func:`plan_bytes` each."""
+
+    base: int
+    index: int
+    biases: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a group spends its bytes.
+
+    Attributes:
+        shape: of the group.
+        pattern: of its slices.
+        rank: stored base vectors per base (0 with a bare identity).
+        identity: whether the base reads ``[U, I]``.
+        bases: stored bases: 1, or 2 with one per role, or 0.
+        count: stored values (``bitmap``) or stored blocks (``block``, ``dense``) over all slices.
+        nbytes: an upper bound of what is stored; reached when every bitmap block holds a value.
+    """
+
+    shape: GroupShape
+    pattern: Pattern
+    rank: int
+    identity: bool
+    bases: int
+    count: int
+    nbytes: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a slice: ``r``, plus ``d`` with the identity part."""
+        return self.rank + (self.shape.width if self.identity else 0)
+
+    @property
+    def ratio(self) -> float:
+        return self.nbytes / self.shape.dense_bytes
+
+    @property
+    def density(self) -> float:
+        """Stored values (padding included) over the slots of all slices."""
+        values = self.count * _unit_values(self.pattern)
+        return values / max(1, self.rows * self.shape.columns)
+
+
+def solve(recipe: Recipe, shape: GroupShape) -> Plan:
+    """The plan of a group that meets ``recipe.ratio`` exactly or below, never above.
+
+    An unset rank becomes: for ``dense`` the largest that fits; for ``shared`` the largest up to ``d`` that
+    leaves V a density of 0.2; for ``both`` about ``d / 16``. Ranks are multiples of ``bk``, or ``d``.
+
+    Raises:
+        BudgetError: the ratio leaves less than one value (``block``: one block) per column of the grid; the
+            message holds the smallest feasible ratio.
+    """
+    pattern = recipe.parsed_pattern
+    budget = math.floor(recipe.ratio * shape.dense_bytes)
+    plans = [_spend(recipe, shape, rank, budget) for rank in _ranks(recipe, shape)]
+    feasible = [plan for plan in plans if plan is not None]
+    if not feasible:
+        least = min(_least_bytes(recipe, shape, rank) for rank in _ranks(recipe, shape))
+        smallest = math.ceil(least / shape.dense_bytes * 1e4) / 1e4
+        hint = "raise the ratio, the group size, or take a smaller rank"
+        if smallest > 1:
+            hint = "this pattern cannot save anything on MLPs this small or with this base; take another"
+        raise BudgetError(
+            f"ratio: got {recipe.ratio}; the base, index and biases of {shape.layers} MLPs of "
+            f"{shape.width}x{shape.hidden} with pattern {pattern} need at least {smallest:.4f}; {hint}"
+        )
+    if pattern.kind == "dense":
+        return feasible[-1]
+    # Ranks increase, densities fall.
+    roomy = [plan for plan in feasible if plan.density >= _LEAST_DENSITY]
+    return roomy[-1] if roomy else feasible[0]
+
+
+def slice_bytes(rows: int, cols: int, pattern: Pattern, blocks: int, values: int, element_size: int) -> int:
+    """Bytes of one slice in a checkpoint, with ``blocks`` stored blocks and ``values`` stored values."""
+    _, block_columns = grid_shape(rows, cols, pattern.block)
+    mask = blocks * math.prod(pattern.block) // 8 if pattern.kind == "bitmap" else 0
+    return values * element_size + (block_columns + 1 + blocks) * _INDEX_BYTES + mask
+
+
+def mlp_bytes(mlps: Iterable[SharedMLP]) -> int:
+    """Stored bytes of MLPs; a base is counted with the layer that owns it."""
+    return sum(tensor.numel() * tensor.element_size() for mlp in mlps for tensor in mlp.state_dict().values())
+
+
+def mlp_macs(mlp: SharedMLP) -> int:
+    """Multiply-adds per token that one MLP needs: both bases and every slot of a stored block.
+
+    A zero inside a bitmap block is multiplied like any other value, and the base of a group once in each of
+    its layers: neither saves arithmetic.
+    """
+    out = mlp.base if mlp.base_out is None else mlp.base_out
+    slots = sum(f.row_idx.numel() * math.prod(f.block) for f in mlp.factors().values())
+    return mlp.base.weight.numel() + out.weight.numel() + slots
+
+
+def _ranks(recipe: Recipe, shape: GroupShape) -> list[int]:
+    """The ranks to choose from, increasing."""
+    if recipe.base == "identity":
+        return [0]
+    if recipe.rank is not None:
+        return [recipe.rank]
+    edge = recipe.parsed_pattern.block[0]
+    steps = [*range(edge, shape.width, edge), shape.width]
+    if recipe.base == "both" and recipe.parsed_pattern.kind != "dense":
+        # Steps below the share as well, for the case that it does not fit.
+        return [r for r in steps if r <= max(edge, _LOW_RANK_SHARE * shape.width)] or steps[:1]
+    return steps
+
+
+def _fixed(recipe: Recipe, shape: GroupShape, rank: int) -> Stored:
+    """Bytes that do not depend on the number of stored values (``bitmap``: with every block stored)."""
+    pattern = recipe.parsed_pattern
+    rows = _rows(recipe, shape, rank)
+    stored = math.prod(grid_shape(rows, shape.hidden, pattern.block)) if pattern.kind == "bitmap" else 0
+    index = shape.slices * slice_bytes(rows, shape.hidden, pattern, stored, 0, shape.element_size)
+    base = _bases(recipe) * shape.width * rank * shape.element_size
+    return Stored(base, index, shape.biases * shape.element_size)
+
+
+def _spend(recipe: Recipe, shape: GroupShape, rank: int, budget: int) -> Plan | None:
+    """The plan of one rank, or None when the budget is below the least it needs."""
+    pattern = recipe.parsed_pattern
+    if budget < _least_bytes(recipe, shape, rank):
+        return None
+    unit = _unit_bytes(pattern, shape)
+    fixed = sum(_fixed(recipe, shape, rank))
+    count = min((budget - fixed) // unit, _most(recipe, shape, rank))
+    return Plan(shape, pattern, rank, recipe.base != "shared", _bases(recipe), count, fixed + count * unit)
+
+
+def _least_bytes(recipe: Recipe, shape: GroupShape, rank: int) -> int:
+    """Bytes of the sparsest plan that is not degenerate; ``dense`` has no choice."""
+    pattern = recipe.parsed_pattern
+    _, block_columns = grid_shape(_rows(recipe, shape, rank), shape.hidden, pattern.block)
+    least = {
+        "bitmap": shape.columns,
+        "block": shape.slices * block_columns,
+        "dense": _most(recipe, shape, rank),
+    }[pattern.kind]
+    return sum(_fixed(recipe, shape, rank)) + least * _unit_bytes(pattern, shape)
+
+
+def _most(recipe: Recipe, shape: GroupShape, rank: int) -> int:
+    """Stored units at density 1."""
+    pattern = recipe.parsed_pattern
+    rows = _rows(recipe, shape, rank)
+    if pattern.kind == "bitmap":
+        return rows * shape.columns
+    return shape.slices * math.prod(grid_shape(rows, shape.hidden, pattern.block))
+
+
+def _rows(recipe: Recipe, shape: GroupShape, rank: int) -> int:
+    return rank + (0 if recipe.base == "shared" else shape.width)
+
+
+def _bases(recipe: Recipe) -> int:
+    if recipe.base == "identity":
+        return 0
+    return 2 if recipe.per_role else 1
+
+
+def _unit_values(pattern: Pattern) -> int:
+    return 1 if pattern.kind == "bitmap" else math.prod(pattern.block)
+
+
+def _unit_bytes(pattern: Pattern, shape: GroupShape) -> int:
+    """Bytes of one stored value (``bitmap``) or of one block with its ``row_idx`` entry."""
+    index = 0 if pattern.kind == "bitmap" else _INDEX_BYTES
+    return _unit_values(pattern) * shape.element_size + index

@@ -1,0 +1,69 @@
+"""Which entries of V are kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import from_blocks, to_blocks
+from ..recipe import Pattern
+from .problem import SliceProblem
+
+
+def saliency(v: Tensor, base_energy: Tensor, columns: Tensor) -> Tensor:
+    """What dropping each entry alone adds to the error: ``V_kj² · ‖S u_k‖² · c_j²``, ``[rows, n]``.
+
+    Args:
+        v: ``[rows, n]``.
+        base_energy: ``‖S u_k‖² [rows]``.
+        columns: ``c [n]``.
+    """
+    return v.square() * base_energy.unsqueeze(1) * columns.square()
+
+
+def base_energy(problem: SliceProblem, base: Tensor, identity: bool) -> Tensor:
+    """``‖S u_k‖²`` of every base vector, those of the identity part last: ``[rows]``."""
+    energy = (base * problem.apply_metric(base)).sum(0)
+    if not identity:
+        return energy
+    diagonal = torch.ones_like(problem.weight[:, 0]) if problem.metric is None else problem.metric.diagonal()
+    return torch.cat([energy, diagonal])
+
+
+def select(scores: list[Tensor], count: int, pattern: Pattern) -> list[Tensor]:
+    """Masks that keep the ``count`` largest scores over all slices together.
+
+    Args:
+        scores: one ``[rows, n]`` per slice, not negative.
+        count: values to keep (``bitmap``) or blocks (``block``, ``dense``; a block scores the sum over it).
+
+    Returns:
+        one bool ``[rows, n]`` per slice.
+    """
+    if pattern.kind == "bitmap":
+        kept = largest(torch.cat([s.flatten() for s in scores]), count)
+        parts = kept.split([s.numel() for s in scores])
+        return [part.view(s.shape) for part, s in zip(parts, scores, strict=True)]
+    grids = [to_blocks(s, pattern.block).sum((-2, -1)) for s in scores]
+    kept = largest(torch.cat([g.flatten() for g in grids]), count)
+    masks = []
+    for part, grid, score in zip(kept.split([g.numel() for g in grids]), grids, scores, strict=True):
+        bk, bn = pattern.block
+        tiles = part.view(grid.shape)[..., None, None].expand(*grid.shape, bn, bk)
+        masks.append(from_blocks(tiles, *score.shape))
+    return masks
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Bool mask of exactly ``count`` largest entries of a flat tensor; among equals the first ones win."""
+    total = scores.numel()
+    if count >= total:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    # kthvalue is a selection, several times faster than the sort behind topk.
+    threshold = scores.kthvalue(total - count + 1).values
+    kept = scores > threshold
+    ties = (scores == threshold).nonzero().flatten()
+    kept[ties[: count - int(kept.sum())]] = True
+    return kept

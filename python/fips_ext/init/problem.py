@@ -1,0 +1,62 @@
+"""What an initialiser minimises: the weighted error of the slices over one base."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class SliceProblem:
+    """One matrix ``W`` to be written as ``U · V``, and how much each part of the error matters.
+
+    The error is ``‖S (W − U V) diag(c)‖²`` with ``SᵀS`` the metric. When ``c`` comes from
+    :func:`fips_ext.train.teacher.observe` it is, to first order, the relative error of the MLP's output, so
+    that the errors of all slices of all layers are in one unit and may be ranked together.
+
+    Attributes:
+        weight: ``W [d, n]``, float32: transposed ``nn.Linear.weight`` of up and gate, that of down as it is.
+        metric: second moment ``E[x xᵀ] [d, d]`` of the input of up and gate; None is the identity (down).
+        columns: ``c [n]``.
+    """
+
+    weight: Tensor
+    metric: Tensor | None
+    columns: Tensor
+
+    def normalised(self) -> SliceProblem:
+        """The same error with a metric of trace ``d``, so that metrics of several slices can be averaged."""
+        if self.metric is None:
+            return self
+        scale = self.metric.diagonal().mean()
+        if not scale > 0:
+            return dataclasses.replace(self, metric=None, columns=torch.zeros_like(self.columns))
+        return dataclasses.replace(self, metric=self.metric / scale, columns=self.columns * scale.sqrt())
+
+    def apply_metric(self, matrix: Tensor) -> Tensor:
+        """``SᵀS · matrix``."""
+        return matrix if self.metric is None else self.metric @ matrix
+
+    def error(self, product: Tensor) -> float:
+        """``‖S (W − product) diag(c)‖²``."""
+        residual = (self.weight - product) * self.columns
+        return float((residual * self.apply_metric(residual)).sum())
+
+
+def pooled_metric(slices: list[SliceProblem]) -> Tensor:
+    """The mean metric ``[d, d]`` in float64, each slice by its share of the squared column weights.
+
+    Slices should be :meth:`~SliceProblem.normalised`.
+    """
+    width = slices[0].weight.shape[0]
+    identity = torch.eye(width, dtype=torch.float64, device=slices[0].weight.device)
+    shares = torch.stack([s.columns.double().square().sum() for s in slices])
+    if not float(shares.sum()) > 0:
+        return identity
+    shares = shares / shares.sum()
+    pooled = torch.zeros_like(identity)
+    for share, problem in zip(shares, slices, strict=True):
+        pooled += share * (identity if problem.metric is None else problem.metric.double())
+    return pooled

@@ -1,0 +1,144 @@
+"""The starting point of a group: bases, slices and masks that meet a plan, before training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..budget import Plan
+from ..recipe import Recipe
+from .mask import base_energy, saliency, select
+from .problem import SliceProblem
+from .refit import refit_base, refit_values
+from .rotate import rotate
+from .svd import shared_basis, whitened_columns
+
+_ROTATIONS = 12
+_SWEEPS = 2
+
+
+@dataclasses.dataclass
+class Factors:
+    """A group in factored form, float32.
+
+    Attributes:
+        bases: ``U [d, r]``, one, or one for the input and one for the output side.
+        identity: whether the bases read ``[U, I]``.
+        values, masks: per layer and role ``[rows, n]``; values are zero outside their mask.
+    """
+
+    bases: list[Tensor]
+    identity: bool
+    values: list[dict[str, Tensor]]
+    masks: list[dict[str, Tensor]]
+
+
+def factorise(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe) -> Factors:
+    """Factor a group in closed form.
+
+    Args:
+        layers: per layer the problem of each role (``up``, ``gate``, ``down``).
+        plan: rank and stored count.
+        recipe: pattern, kind of base, refit.
+    """
+    keys = [(i, role) for i, layer in enumerate(layers) for role in layer]
+    slices = [layers[i][role].normalised() for i, role in keys]
+    num_bases = 2 if plan.bases == 2 else 1
+    base_of = [num_bases - 1 if role == "down" else 0 for _, role in keys]
+    group = _Group(slices, base_of, num_bases, plan)
+
+    bases, values = group.low_rank(_ROTATIONS if recipe.base == "shared" else 0)
+    if plan.identity:
+        values = [torch.cat([v, s.weight - bases[b] @ v]) for s, v, b in group.zip(values)]
+    candidates = [group.masks(bases, values)]
+    if plan.identity and plan.rank > 0:
+        # The two parts overlap, so a score of one entry alone says little about them together: try both.
+        candidates.append(group.masks(bases, values, keep_base_rows=True))
+    finished = [group.finish(bases, values, masks, recipe.refit) for masks in candidates]
+    _, bases, values, masks = min(finished, key=lambda result: result[0])
+
+    per_layer: list[tuple[dict, dict]] = [({}, {}) for _ in layers]
+    for (i, role), v, mask in zip(keys, values, masks, strict=True):
+        per_layer[i][0][role], per_layer[i][1][role] = v, mask
+    return Factors(bases, plan.identity, [v for v, _ in per_layer], [m for _, m in per_layer])
+
+
+@dataclasses.dataclass
+class _Group:
+    slices: list[SliceProblem]
+    base_of: list[int]
+    num_bases: int
+    plan: Plan
+
+    def zip(self, tensors: list[Tensor]):
+        return zip(self.slices, tensors, self.base_of, strict=True)
+
+    def of_base(self, index: int, items: list) -> list:
+        return [item for item, b in zip(items, self.base_of, strict=True) if b == index]
+
+    def low_rank(self, rotations: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Dense bases and the full V of every slice, rotated towards sparsity."""
+        rank = self.plan.rank
+        if rank == 0:
+            width = self.slices[0].weight.shape[0]
+            empty = self.slices[0].weight.new_zeros(width, 0)
+            return [empty] * self.num_bases, [s.weight.new_zeros(0, s.weight.shape[1]) for s in self.slices]
+        parts = [shared_basis(self.of_base(b, self.slices), rank) for b in range(self.num_bases)]
+        directions = [p for p, _, _ in parts]
+        if rotations and self.plan.density < 1:
+            targets = [
+                whitened_columns(self.of_base(b, self.slices), root) for b, (_, root, _) in enumerate(parts)
+            ]
+            directions = rotate(targets, directions, self._project, rotations)
+        bases, values = [], []
+        maps = []
+        for p, (_, root, inverse) in zip(directions, parts, strict=True):
+            u = inverse @ p
+            # Unit columns: entries of U are then of one size, and so are the rows of V as far as they can be.
+            norms = u.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+            bases.append((u / norms).float())
+            maps.append(((p * norms).t() @ root).float())
+        values = [maps[b] @ s.weight for s, b in zip(self.slices, self.base_of, strict=True)]
+        return bases, values
+
+    def _project(self, coefficients: list[Tensor]) -> list[Tensor]:
+        """Keep the planned number of entries of the weighted coefficients of all bases."""
+        hidden = self.plan.shape.hidden
+        parts = [part for c in coefficients for part in c.split(hidden, dim=1)]
+        masks = select([part.square() for part in parts], self.plan.count, self.plan.pattern)
+        kept = iter([part * mask for part, mask in zip(parts, masks, strict=True)])
+        return [torch.cat([next(kept) for _ in range(c.shape[1] // hidden)], 1) for c in coefficients]
+
+    def masks(self, bases: list[Tensor], values: list[Tensor], keep_base_rows: bool = False) -> list[Tensor]:
+        scores = []
+        for problem, v, b in self.zip(values):
+            score = saliency(v, base_energy(problem, bases[b], self.plan.identity), problem.columns)
+            if keep_base_rows:
+                score[: self.plan.rank] = torch.finfo(score.dtype).max / score.numel()
+            scores.append(score)
+        return select(scores, self.plan.count, self.plan.pattern)
+
+    def finish(
+        self, bases: list[Tensor], values: list[Tensor], masks: list[Tensor], refit: bool
+    ) -> tuple[float, list[Tensor], list[Tensor], list[Tensor]]:
+        """Apply the masks, refit, and measure: ``(error, bases, values, masks)``."""
+        identity = self.plan.identity
+        values = [v * m for v, m in zip(values, masks, strict=True)]
+        for _ in range(_SWEEPS if refit else 0):
+            values = [
+                refit_values(s, bases[b], identity, v, m)
+                for (s, v, b), m in zip(self.zip(values), masks, strict=True)
+            ]
+            bases = [
+                refit_base(self.of_base(b, self.slices), base, self.of_base(b, values))
+                for b, base in enumerate(bases)
+            ]
+        error = sum(s.error(self.product(bases[b], v)) for s, v, b in self.zip(values))
+        return error, bases, values, masks
+
+    def product(self, base: Tensor, v: Tensor) -> Tensor:
+        rank = base.shape[1]
+        product = base @ v[:rank]
+        return product + v[rank:] if self.plan.identity else product

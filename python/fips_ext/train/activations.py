@@ -1,0 +1,157 @@
+"""Collecting the inputs of every MLP in one pass over the calibration data, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgument, NumericalError
+from ..surgery import DenseMLP
+
+HOST_LIMIT = 4 * 2**30
+"""Bytes of activations above which they go to a temporary file instead of memory."""
+
+
+class ActivationStore:
+    """The inputs of each MLP, ``[tokens, d]`` each, on the host or mapped from a temporary file.
+
+    Use it as a context manager: leaving it deletes the file.
+
+    Args:
+        widths: ``d`` of each MLP.
+        tokens: rows to hold of each.
+        dtype: of the activations.
+        limit: bytes to hold in memory.
+    """
+
+    def __init__(self, widths: list[int], tokens: int, dtype: torch.dtype, limit: int = HOST_LIMIT) -> None:
+        self.tokens = tokens
+        self.filled = [0] * len(widths)
+        self._folder: tempfile.TemporaryDirectory | None = None
+        total = sum(widths) * tokens
+        if total * dtype.itemsize > limit:
+            self._folder = tempfile.TemporaryDirectory(prefix="fips-activations-")
+            path = Path(self._folder.name) / "inputs"
+            flat = torch.from_file(str(path), shared=True, size=total, dtype=dtype)
+        else:
+            flat = torch.empty(total, dtype=dtype)
+        self.inputs = [
+            part.view(tokens, width)
+            for part, width in zip(flat.split([w * tokens for w in widths]), widths, strict=True)
+        ]
+
+    def __enter__(self) -> ActivationStore:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.inputs.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    @property
+    def spilled(self) -> bool:
+        """Whether the activations are in a file."""
+        return self._folder is not None
+
+    def add(self, index: int, x: Tensor) -> None:
+        """Append rows ``[T, d]`` of one MLP, as many as fit."""
+        start = self.filled[index]
+        rows = x[: self.tokens - start]
+        self.inputs[index][start : start + rows.shape[0]] = rows.to(self.inputs[index])
+        self.filled[index] += rows.shape[0]
+
+    @property
+    def found(self) -> int:
+        """Tokens of the MLP that has the fewest."""
+        return min(self.filled)
+
+
+def collect(
+    model: nn.Module,
+    mlps: list[DenseMLP],
+    data: Iterable[Any],
+    store: ActivationStore,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Run ``model`` over ``data`` until the store is full.
+
+    Args:
+        data: model inputs: a tensor (the first argument) or a mapping of keyword arguments, whose
+            ``attention_mask [B, T]``, where present, marks padding that is left out.
+        progress: called with (tokens, tokens needed).
+
+    Raises:
+        InvalidArgument: ``data`` ends too early, or is no iterable of tensors or mappings.
+        NumericalError: an input of an MLP is NaN or Inf.
+    """
+    attention: Tensor | None = None
+
+    def hook_of(index: int, name: str):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if store.filled[index] >= store.tokens:
+                return
+            x = args[0] if args else next(iter(kwargs.values()))
+            if attention is not None and attention.shape == x.shape[:-1]:
+                x = x[attention.to(x.device)]
+            x = x.detach().reshape(-1, x.shape[-1])
+            if not bool(x.isfinite().all()):
+                raise NumericalError(
+                    f"{name}: its input on the calibration data holds NaN or Inf; check the data, or load "
+                    "the model in bfloat16 or float32"
+                )
+            store.add(index, x)
+
+        return hook
+
+    device = mlps[0].up.weight.device
+    handles = [
+        mlp.entry.register_forward_pre_hook(hook_of(i, mlp.name), with_kwargs=True)
+        for i, mlp in enumerate(mlps)
+    ]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in data:
+                args, kwargs = _arguments(batch, device)
+                attention = _token_mask(kwargs)
+                model(*args, **kwargs)
+                if progress is not None:
+                    progress(store.found, store.tokens)
+                if store.found >= store.tokens:
+                    return
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    raise InvalidArgument(
+        f"data: {store.found} tokens found, {store.tokens} needed; give more calibration data or lower "
+        "calibration_tokens"
+    )
+
+
+def _arguments(batch: Any, device: torch.device) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(batch, Tensor):
+        return (batch.to(device),), {}
+    if isinstance(batch, Mapping):
+        return (), {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    raise InvalidArgument(
+        f"data: yields {type(batch).__name__}; each item must be a tensor or a dict of keyword arguments"
+    )
+
+
+def _token_mask(kwargs: dict[str, Any]) -> Tensor | None:
+    mask = kwargs.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def held_out_rows(tokens: int) -> int:
+    """Calibration tokens kept back to measure on: an eighth, at least one."""
+    return max(1, math.ceil(tokens / 8))

@@ -1,0 +1,164 @@
+"""Joint training of one group: every layer against its dense outputs, over the bases they share."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import _library, functional, reference
+from ..errors import NumericalError
+from ..layout import BlockSparse
+from ..nn import SharedMLP
+from ..recipe import Recipe
+
+_CHUNK = 2048
+_WARM_UP = 0.05
+_WEIGHT_DECAY = 0.0
+
+
+@dataclasses.dataclass
+class LayerData:
+    """What one layer trains and is measured on.
+
+    Attributes:
+        name: for messages.
+        inputs, targets: ``[tokens, d]`` on the host.
+        power: mean of ``‖target‖²`` per token: the unit of the loss.
+        held_out: trailing rows that training never sees.
+    """
+
+    name: str
+    inputs: Tensor
+    targets: Tensor
+    power: float
+    held_out: int
+
+    @property
+    def trained(self) -> int:
+        return self.inputs.shape[0] - self.held_out
+
+
+def train_group(
+    mlps: list[SharedMLP],
+    data: list[LayerData],
+    recipe: Recipe,
+    compute_dtype: torch.dtype,
+    on_step: Callable[[], None] | None = None,
+) -> tuple[list[float], list[float]]:
+    """Train the bases, values and biases of a group in place, all layers together.
+
+    AdamW with a short warm-up and a cosine; the step size of each tensor is ``recipe.learning_rate`` times
+    its RMS at the start. The parameters must be float32; products run in ``compute_dtype``. What training
+    made worse on the held-out rows is thrown away.
+
+    Returns:
+        relative held-out errors ``Σ ‖y − target‖² / Σ ‖target‖²`` per layer, before and after.
+
+    Raises:
+        NumericalError: a loss is NaN or Inf; the message names the layer.
+    """
+    before = [relative_error(mlp, d, compute_dtype) for mlp, d in zip(mlps, data, strict=True)]
+    if recipe.steps == 0:
+        return before, before
+    start = [copy.deepcopy(mlp.state_dict()) for mlp in mlps]
+    optimizer, schedule = _optimizer(mlps, recipe)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    batches = _Batches(data[0].trained, recipe.tokens_per_step, generator)
+    for _ in range(recipe.steps):
+        rows = batches.next()
+        optimizer.zero_grad(set_to_none=True)
+        for mlp, layer in zip(mlps, data, strict=True):
+            loss = _loss(mlp, layer, rows, compute_dtype)
+            if not bool(loss.isfinite()):
+                raise NumericalError(
+                    f"{layer.name}: the loss became {float(loss)}; lower learning_rate, or check the weights "
+                    "and the calibration data"
+                )
+            loss.backward()
+        optimizer.step()
+        schedule.step()
+        if on_step is not None:
+            on_step()
+    after = [relative_error(mlp, d, compute_dtype) for mlp, d in zip(mlps, data, strict=True)]
+    if not sum(after) < sum(before):
+        for mlp, state in zip(mlps, start, strict=True):
+            mlp.load_state_dict(state)
+        return before, before
+    return before, after
+
+
+@torch.no_grad()
+def relative_error(mlp: SharedMLP, layer: LayerData, compute_dtype: torch.dtype) -> float:
+    """``Σ ‖y − target‖² / Σ ‖target‖²`` over the held-out rows."""
+    arguments = cast_arguments(mlp, compute_dtype)
+    device = mlp.up.values.device
+    forward = functional.shared_mlp if _library.available() else reference.shared_mlp
+    error = power = 0.0
+    for start in range(layer.trained, layer.inputs.shape[0], _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        target = layer.targets[rows].to(device).float()
+        y = forward(layer.inputs[rows].to(device, compute_dtype), **arguments).float()
+        error += float((y - target).square().sum())
+        power += float(target.square().sum())
+    if not math.isfinite(error):
+        raise NumericalError(f"{layer.name}: its compressed output holds NaN or Inf")
+    return error / power if power > 0 else 0.0
+
+
+def cast_arguments(mlp: SharedMLP, dtype: torch.dtype) -> dict:
+    """``mlp.op_arguments()`` with every parameter cast, differentiably."""
+
+    def cast(value):
+        if isinstance(value, BlockSparse):
+            return value.with_values(value.values.to(dtype))
+        return value.to(dtype) if isinstance(value, Tensor) else value
+
+    return {name: cast(value) for name, value in mlp.op_arguments().items()}
+
+
+def _loss(mlp: SharedMLP, layer: LayerData, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    device = mlp.up.values.device
+    x = layer.inputs[rows].to(device, dtype)
+    target = layer.targets[rows].to(device, dtype)
+    # The power of all tokens, not of the batch: one token of huge norm must not mute the others of its batch.
+    scale = 1 / max(layer.power * rows.numel(), torch.finfo(torch.float32).tiny)
+    loss = functional.reconstruction_loss if _library.available() else reference.reconstruction_loss
+    return loss(x, target, scale=scale, **cast_arguments(mlp, dtype))
+
+
+def _optimizer(mlps: list[SharedMLP], recipe: Recipe):
+    """One parameter group per tensor, because each has its own step size."""
+    groups = []
+    for parameter in nn.ModuleList(mlps).parameters():
+        rms = float(parameter.detach().square().mean().sqrt()) if parameter.numel() else 0.0
+        if rms > 0:
+            groups.append({"params": [parameter], "lr": recipe.learning_rate * rms})
+    optimizer = torch.optim.AdamW(groups, weight_decay=_WEIGHT_DECAY, betas=(0.9, 0.99), fused=True)
+    warm_up = max(1, round(_WARM_UP * recipe.steps))
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, recipe.steps - warm_up)))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class _Batches:
+    """Row numbers of each step: passes over all rows, each in a new random order."""
+
+    def __init__(self, rows: int, size: int, generator: torch.Generator) -> None:
+        self.rows, self.size, self.generator = rows, min(size, rows), generator
+        self.order, self.position = torch.randperm(rows, generator=generator), 0
+
+    def next(self) -> Tensor:
+        if self.position + self.size > self.rows:
+            self.order, self.position = torch.randperm(self.rows, generator=self.generator), 0
+        rows = self.order[self.position : self.position + self.size]
+        self.position += self.size
+        return rows
