@@ -223,6 +223,20 @@ def test_compress_refuses_inputs(dense, text, tmp_path, monkeypatch, compression
     assert not compressions
 
 
+def test_compress_evaluate_generate(dense, text, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--ratio", 0.6, "--pattern", "bitmap:16x64", "--calib", text, "--tokens", 4000, "--steps", 3]
+    report = run_json("compress", dense, "--out", out, *arguments)["report"]
+    ratios = run_json("info", out)["ratios"]
+    assert ratios["mlp"] == pytest.approx(report["mlp_ratio"])
+    assert 0.55 < ratios["mlp"] <= 0.6
+    assert run_json("eval", out, "--text", text, "--context", 256)["perplexity"] < 256**2
+    assert run("generate", out, "abc", "--max-new-tokens", 4).stdout
+    assert run_json("compress", dense, "--out", tmp_path / "again", *arguments)["report"]["layers"]
+    files = [folder / "model.safetensors" for folder in (out, tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()  # the seed decides
+
+
 # -- the others -------------------------------------------------------------------------------------
 
 

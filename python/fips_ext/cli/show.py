@@ -70,6 +70,8 @@ def _flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             rows.extend(_flatten(value, f"{name}."))
+        elif isinstance(value, list):
+            rows.append((name, f"{len(value)} entries, see --json"))
         elif isinstance(value, float):
             rows.append((name, f"{value:.4g}"))
         elif isinstance(value, int) and not isinstance(value, bool):
