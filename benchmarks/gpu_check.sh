@@ -126,6 +126,16 @@ fi
 stage "build ($build)" 200 bash -c "$build" || finish
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 
+# The tests skip without a GPU or without CUDA kernels; here that must not look like success.
+stage "CUDA kernels are registered" 60 python3 -c '
+import torch, fips_ext
+from fips_ext import _library
+_library.require()
+assert torch.cuda.is_available(), "no CUDA GPU is visible to torch"
+found = torch._C._dispatch_has_kernel_for_dispatch_key("fips::block_sparse_mm", "CUDA")
+assert found, "the library has no CUDA kernels"
+print(fips_ext.__file__)' || finish
+
 pytest=(python3 -m pytest -q -p no:cacheprovider --no-header tests/ops/test_cuda.py)
 if has_module pytest; then
   stage "GPU tests" 120 "${pytest[@]}"

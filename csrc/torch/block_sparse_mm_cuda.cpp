@@ -16,14 +16,16 @@ Tensor token_rows(const Tensor& x) {
   return features <= 1 || rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
 }
 
-// The slice's indices stay on the device and are not read here: the kernels skip entries out of range.
-Tensor block_sparse_mm_cuda(const Tensor& x, const TensorList& v, int64_t rows, int64_t cols, bool transpose,
-                            const std::optional<Tensor>& bias) {
+// The slice's indices stay on the device and are not read here: the kernels skip entries out of
+// range.
+Tensor block_sparse_mm_cuda(const Tensor& x, const TensorList& v, int64_t rows, int64_t cols,
+                            bool transpose, const std::optional<Tensor>& bias) {
   const CudaScope scope(x);
   const Slice slice = slice_of(v, rows, cols, x, "v");
   const int64_t in = transpose ? cols : rows, out = transpose ? rows : cols;
-  FIPS_CHECK(last_dim(x, "x") == in, "x: last dimension is ", last_dim(x, "x"), ", but the slice is ", rows,
-             " x ", cols, transpose ? " (transposed)" : "", " and takes ", in);
+  FIPS_CHECK(last_dim(x, "x") == in, "x: last dimension is ", last_dim(x, "x"),
+             ", but the slice is ", rows, " x ", cols, transpose ? " (transposed)" : "",
+             " and takes ", in);
   check_vector(bias, out, x, "bias");
   const Tensor x_rows = token_rows(x);
   const Tensor y = make_empty(x, with_last_dim(x, out));

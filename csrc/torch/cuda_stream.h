@@ -1,5 +1,5 @@
-// The current CUDA stream of the running torch. The symbol is weak because one binary serves CPU builds of
-// torch too, which do not have it.
+// The current CUDA stream of the running torch. The symbol is weak because one binary serves CPU
+// builds of torch too, which do not have it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,14 +8,15 @@
 
 #include "core/check.h"
 
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace fips {
 
 inline cudaStream_t current_cuda_stream(int32_t device) {
-  FIPS_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-             "CUDA: fips_ext is built for CUDA, but this torch has none; install a CUDA build of torch");
+  FIPS_CHECK(
+      aoti_torch_get_current_cuda_stream != nullptr,
+      "CUDA: fips_ext is built for CUDA, but this torch has none; install a CUDA build of torch");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
@@ -25,7 +26,8 @@ inline cudaStream_t current_cuda_stream(int32_t device) {
 class CudaScope {
  public:
   explicit CudaScope(const torch::stable::Tensor& tensor)
-      : guard_(tensor.get_device_index()), stream_(current_cuda_stream(tensor.get_device_index())) {}
+      : guard_(tensor.get_device_index()),
+        stream_(current_cuda_stream(tensor.get_device_index())) {}
 
   cudaStream_t stream() const { return stream_; }
 

@@ -1,5 +1,6 @@
-// Runs the CUDA kernels of block_sparse_mm, from their own source, on the CPU (csrc/kernels/cuda/emulation.h)
-// against a float64 product. Catches wrong indices, masks, missing waits and barriers without a GPU.
+// Runs the CUDA kernels of block_sparse_mm, from their own source, on the CPU
+// (csrc/kernels/cuda/emulation.h) against a float64 product. Catches wrong indices, masks, missing
+// waits and barriers without a GPU.
 #define FIPS_HOST_EMULATION
 
 #include <gtest/gtest.h>
@@ -191,7 +192,8 @@ template <class T>
 void run(const Problem<T>& problem, bool reverse) {
   const Case& c = problem.c;
   const MmChoice choice{c.transposed, c.bitmap, c.transposed ? c.bk : c.bn, c.token_tile};
-  MmSelect<MmConfig, RunEmulated, T>::launch(choice, EmulatedLaunch{make_task(problem.params()), reverse});
+  MmSelect<MmConfig, RunEmulated, T>::launch(choice,
+                                             EmulatedLaunch{make_task(problem.params()), reverse});
 }
 
 template <class T>
@@ -214,9 +216,10 @@ void expect_outputs(const Problem<T>& problem) {
 
 template <class T>
 void expect_exact(const Case& c, bool both_orders = true) {
-  SCOPED_TRACE(testing::Message() << dtype_name(kDType<T>) << " tokens " << c.tokens << " block " << c.bk
-                                  << "x" << c.bn << " tile " << c.token_tile << " transposed " << c.transposed
-                                  << " bitmap " << c.bitmap << " skew " << c.skew);
+  SCOPED_TRACE(testing::Message() << dtype_name(kDType<T>) << " tokens " << c.tokens << " block "
+                                  << c.bk << "x" << c.bn << " tile " << c.token_tile
+                                  << " transposed " << c.transposed << " bitmap " << c.bitmap
+                                  << " skew " << c.skew);
   Problem<T> problem(c);
   for (int reverse = 0; reverse <= static_cast<int>(both_orders); ++reverse) {
     problem.y.assign(problem.y.size(), Problem<T>::poison());
@@ -258,8 +261,9 @@ TEST_P(EveryBlock, Float32) {
 }
 
 INSTANTIATE_TEST_SUITE_P(CudaEmulated, EveryBlock,
-                         testing::Combine(testing::Values(16, 32, 64, 128), testing::Values(16, 32, 64, 128),
-                                          testing::Bool(), testing::Bool()));
+                         testing::Combine(testing::Values(16, 32, 64, 128),
+                                          testing::Values(16, 32, 64, 128), testing::Bool(),
+                                          testing::Bool()));
 
 TEST(CudaEmulated, UnalignedMemory) {
   for (const bool transposed : {false, true}) {
@@ -294,8 +298,8 @@ TEST(CudaEmulated, Float16) {
   expect_outputs(problem);
 }
 
-// A device index cannot be validated on the host without waiting for the GPU: a broken one must be skipped.
-// Memory checkers watch the accesses; the other outputs must stay right.
+// A device index cannot be validated on the host without waiting for the GPU: a broken one must be
+// skipped. Memory checkers watch the accesses; the other outputs must stay right.
 TEST(CudaEmulated, BrokenIndicesAreSkipped) {
   for (const bool bitmap : {false, true}) {
     for (const bool transposed : {false, true}) {

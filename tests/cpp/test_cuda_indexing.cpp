@@ -29,7 +29,8 @@ void check_swizzle() {
       for (int row = first; row < first + 8; ++row) {
         groups.insert(swizzled_offset<kChunks>(row, chunk) / kChunkBytes % 8);
       }
-      EXPECT_EQ(groups.size(), 8u) << kChunks << " chunks: ldmatrix would conflict at row " << first;
+      EXPECT_EQ(groups.size(), 8u)
+          << kChunks << " chunks: ldmatrix would conflict at row " << first;
     }
   }
 }
@@ -42,9 +43,9 @@ TEST(CudaIndexing, SwizzleIsABijectionWithoutBankConflicts) {
   check_swizzle<32>();
 }
 
-// ldmatrix.x4 on a 16x16 tile of {row, column}: register m of lane l holds the elements that row l / 4 of
-// matrix m (whose row addresses come from lanes 8m...) has at columns 2 (l % 4) and the next; transposing
-// swaps the two inside the matrix.
+// ldmatrix.x4 on a 16x16 tile of {row, column}: register m of lane l holds the elements that row l
+// / 4 of matrix m (whose row addresses come from lanes 8m...) has at columns 2 (l % 4) and the
+// next; transposing swaps the two inside the matrix.
 template <Coord (*kAddress)(int)>
 Coord loaded(bool transpose, int lane, int m, int half) {
   const int outer = lane / 4, inner = lane % 4 * 2 + half;
@@ -57,7 +58,8 @@ TEST(CudaIndexing, LoadedFragmentsAreWhatTheInstructionWants) {
     const int group = lane / 4, pair = lane % 4 * 2;
     for (int r = 0; r < 4; ++r) {
       for (int half = 0; half < 2; ++half) {
-        // A: registers 0..3 hold rows group, group + 8, group, group + 8 at k pair, pair, pair + 8, pair + 8.
+        // A: registers 0..3 hold rows group, group + 8, group, group + 8 at k pair, pair, pair + 8,
+        // pair + 8.
         const Coord a = loaded<ldmatrix_a>(false, lane, r, half);
         EXPECT_EQ(a.row, group + r % 2 * 8);
         EXPECT_EQ(a.col, pair + half + r / 2 * 8);

@@ -1,4 +1,5 @@
-// Which tile block_sparse_mm runs on a GPU: a pure function of the call, so that it can be tested and read.
+// Which tile block_sparse_mm runs on a GPU: a pure function of the call, so that it can be tested
+// and read.
 #pragma once
 
 #include <cstdint>
@@ -16,16 +17,17 @@ struct MmTileQuery {
   int sm_count;
 };
 
-// The tallest token tile each kernel is built for: float32 keeps its sums in registers of scalar FMAs,
-// and expanding a bitmap limits the speed of a tall tile anyway.
+// The tallest token tile each kernel is built for: float32 keeps its sums in registers of scalar
+// FMAs, and expanding a bitmap limits the speed of a tall tile anyway.
 inline int largest_token_tile(DType dtype, bool bitmap) {
   return dtype == DType::kFloat32 || bitmap ? 64 : 128;
 }
 
-// Tokens per block: 16, 64 or 128. A tall tile reads the slice fewer times; a low one wastes less on few
-// tokens and cuts the work into enough blocks to fill the chip.
+// Tokens per block: 16, 64 or 128. A tall tile reads the slice fewer times; a low one wastes less
+// on few tokens and cuts the work into enough blocks to fill the chip.
 inline int choose_token_tile(const MmTileQuery& query) {
-  for (int tile = largest_token_tile(query.dtype, query.bitmap); tile > 16; tile = tile == 128 ? 64 : 16) {
+  for (int tile = largest_token_tile(query.dtype, query.bitmap); tile > 16;
+       tile = tile == 128 ? 64 : 16) {
     const bool mostly_filled = query.tokens > tile / 2;
     const bool fills_chip = ceil_div(query.tokens, tile) * query.out_blocks >= query.sm_count;
     if (mostly_filled && fills_chip) {

@@ -14,8 +14,9 @@ int multiprocessor_count() {
 }
 
 void check_block_edges(const BlockSparseView& v) {
-  FIPS_CHECK(is_allowed_block_edge(v.bk) && is_allowed_block_edge(v.bn), "block_sparse_mm: block is ", v.bk,
-             "x", v.bn, "; each edge must be 16, 32, 64 or 128");
+  FIPS_CHECK(is_allowed_block_edge(v.bk) && is_allowed_block_edge(v.bn),
+             "block_sparse_mm: block is ", v.bk, "x", v.bn,
+             "; each edge must be 16, 32, 64 or 128");
 }
 
 }  // namespace

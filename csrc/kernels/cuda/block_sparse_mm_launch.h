@@ -1,5 +1,5 @@
-// The seam between the dispatcher and the translation units that hold the kernels of one element type,
-// which are apart so that they compile in parallel.
+// The seam between the dispatcher and the translation units that hold the kernels of one element
+// type, which are apart so that they compile in parallel.
 #pragma once
 
 #include <cuda_runtime_api.h>

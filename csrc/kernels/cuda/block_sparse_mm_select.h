@@ -14,8 +14,8 @@ struct MmChoice {
   int token_tile;  // 16, 64 or 128 (block_sparse_mm_heuristics.h)
 };
 
-// `Run` is a class template over a configuration, Config<T, tokens, out, transposed, bitmap>, with a static
-// `launch(const Launch&)`.
+// `Run` is a class template over a configuration, Config<T, tokens, out, transposed, bitmap>, with
+// a static `launch(const Launch&)`.
 template <template <class, int, int, bool, bool> class Config, template <class> class Run, class T>
 class MmSelect {
  public:

@@ -1,5 +1,5 @@
-// What one launch of block_sparse_mm works on, with the direction resolved: "out" and "reduce" instead of
-// rows and columns. Plain data, passed to the kernel by value.
+// What one launch of block_sparse_mm works on, with the direction resolved: "out" and "reduce"
+// instead of rows and columns. Plain data, passed to the kernel by value.
 #pragma once
 
 #include <cstdint>
@@ -51,8 +51,8 @@ inline MmTask make_task(const BlockSparseMmParams& params) {
   const int64_t element = element_size(v.dtype);
   FIPS_CHECK(v.rows <= kMaxInFeatures && v.cols <= kMaxInFeatures && v.num_blocks <= kMaxInFeatures,
              "block_sparse_mm: a slice of ", v.rows, "x", v.cols, " with ", v.num_blocks,
-             " stored blocks is too large for CUDA; rows, columns and blocks may be ", kMaxInFeatures,
-             " at most");
+             " stored blocks is too large for CUDA; rows, columns and blocks may be ",
+             kMaxInFeatures, " at most");
   MmTask task{};
   task.x = params.x;
   task.bias = params.bias;

@@ -1,7 +1,8 @@
-// ptx.cuh on the CPU: runs a kernel's own source, one thread block at a time, with its threads as fibres.
-// A fibre runs until it needs others (a barrier, a warp instruction), so a test can run the threads in
-// either order and must see the same result. Asynchronous copies happen as late as the program allows, and
-// shared memory starts as NaNs, so that a missing wait or an element never written shows.
+// ptx.cuh on the CPU: runs a kernel's own source, one thread block at a time, with its threads as
+// fibres. A fibre runs until it needs others (a barrier, a warp instruction), so a test can run the
+// warps in either order and must see the same result. Asynchronous copies happen as late as the
+// program allows, and shared memory starts as NaNs, so that a missing wait or an element never
+// written shows.
 #pragma once
 
 #include <ucontext.h>
@@ -47,7 +48,8 @@ struct Meeting {
 
 struct Warp {
   Meeting meeting;
-  unsigned char slots[2][kLanes][64];  // two, so that a fast lane cannot overwrite what a slow one reads
+  unsigned char slots[2][kLanes]
+                     [64];  // two, so that a fast lane cannot overwrite what a slow one reads
 };
 
 class Block {
@@ -124,20 +126,34 @@ class Block {
     makecontext(&fibre.context, &Block::enter, 0);
   }
 
-  // Lets every unfinished thread run on once; false when all are done.
+  // Lets the warps run in turn, each as far as it gets alone, so that a missing barrier shows: the
+  // first one runs far ahead of the last. False when all threads are done.
   bool resume_all() {
-    const int count = static_cast<int>(fibres_.size());
+    const int warps = static_cast<int>(warps_.size());
     const int64_t before = progress_;
     bool unfinished = false;
-    for (int i = 0; i < count; ++i) {
-      thread = reverse_ ? count - 1 - i : i;
-      if (!fibre().done) {
-        unfinished = true;
-        swapcontext(&scheduler_, &fibre().context);
+    for (int i = 0; i < warps; ++i) {
+      unfinished |= resume_warp(reverse_ ? warps - 1 - i : i);
+    }
+    FIPS_CHECK(
+        !unfinished || progress_ != before,
+        "emulation: deadlock, the threads of a block wait for each other at different places");
+    return unfinished;
+  }
+
+  bool resume_warp(int warp) {
+    bool unfinished = true;
+    for (int64_t before = -1; before != progress_;) {
+      before = progress_;
+      unfinished = false;
+      for (int i = 0; i < kLanes; ++i) {
+        thread = warp * kLanes + (reverse_ ? kLanes - 1 - i : i);
+        if (!fibre().done) {
+          unfinished = true;
+          swapcontext(&scheduler_, &fibre().context);
+        }
       }
     }
-    FIPS_CHECK(!unfinished || progress_ != before,
-               "emulation: deadlock, the threads of a block wait for each other at different places");
     return unfinished;
   }
 
@@ -165,7 +181,8 @@ class Block {
 };
 
 template <class Kernel, class Task>
-void launch(Kernel* kernel, int64_t blocks, int threads, int shared_bytes, const Task& task, bool reverse) {
+void launch(Kernel* kernel, int64_t blocks, int threads, int shared_bytes, const Task& task,
+            bool reverse) {
   for (int64_t index = 0; index < blocks; ++index) {
     Block block(threads, shared_bytes, index, reverse);
     block.run([&] { kernel(task); });
@@ -179,7 +196,8 @@ inline void perform(const Copy& copy) {
 
 }  // namespace emulation
 
-// ---- threads -------------------------------------------------------------------------------------
+// ---- threads
+// -------------------------------------------------------------------------------------
 
 FIPS_DEVICE int thread_index() { return emulation::Block::current()->thread; }
 FIPS_DEVICE int64_t block_index() { return emulation::Block::current()->index; }
@@ -192,7 +210,8 @@ FIPS_DEVICE uint32_t shuffle(uint32_t value, int source) {
 
 FIPS_DEVICE int popcount(uint32_t bits) { return __builtin_popcount(bits); }
 
-// ---- copies to shared memory ---------------------------------------------------------------------
+// ---- copies to shared memory
+// ---------------------------------------------------------------------
 
 using SharedAddress = uintptr_t;
 
@@ -224,7 +243,8 @@ FIPS_DEVICE void cp_async_wait() {
   }
 }
 
-// ---- tensor cores --------------------------------------------------------------------------------
+// ---- tensor cores
+// --------------------------------------------------------------------------------
 
 namespace emulation {
 
@@ -232,7 +252,9 @@ struct Operands {
   uint32_t a[4], b[2];
 };
 
-FIPS_DEVICE uint16_t half_of(uint32_t word, int which) { return static_cast<uint16_t>(word >> (16 * which)); }
+FIPS_DEVICE uint16_t half_of(uint32_t word, int which) {
+  return static_cast<uint16_t>(word >> (16 * which));
+}
 
 // Element (row, k) of A and (k, column) of B, from the lane and register that hold it.
 template <class T>
@@ -268,7 +290,9 @@ FIPS_DEVICE void ldmatrix(uint32_t (&r)[4], SharedAddress row, bool transpose) {
 
 }  // namespace emulation
 
-FIPS_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) { emulation::ldmatrix(r, row, false); }
+FIPS_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
+  emulation::ldmatrix(r, row, false);
+}
 FIPS_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) {
   emulation::ldmatrix(r, row, true);
 }
@@ -286,7 +310,8 @@ FIPS_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
   }
 }
 
-// ---- element types -------------------------------------------------------------------------------
+// ---- element types
+// -------------------------------------------------------------------------------
 
 template <class T>
 FIPS_DEVICE float to_float(T x) {
