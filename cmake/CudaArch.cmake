@@ -61,13 +61,3 @@ if(FIPS_CUDA)
 else()
   message(STATUS "CUDA: off (FIPS_WITH_CUDA=${FIPS_WITH_CUDA})")
 endif()
-
-# Kernels of one element type are one translation unit each, so that they compile in parallel.
-function(fips_add_cuda_kernels target)
-  foreach(dtype bfloat16 float16 float32)
-    target_sources(${target} PRIVATE ${PROJECT_SOURCE_DIR}/csrc/kernels/cuda/block_sparse_mm_${dtype}.cu)
-  endforeach()
-endfunction()
-if(FIPS_CUDA)
-  cmake_language(DEFER CALL fips_add_cuda_kernels fips_cuda)
-endif()
