@@ -34,7 +34,7 @@ def refit_values(
     weighted = problem.apply_metric(full)  # SᵀS U
     normal = full.t() @ weighted
     diagonal = normal.diagonal()
-    ridge = _RIDGE * diagonal.mean().clamp_min(torch.finfo(v.dtype).tiny)
+    ridge = _RIDGE * diagonal.mean() + torch.finfo(v.dtype).tiny
     keep = mask.to(v.dtype)
     preconditioner = (1 / (diagonal + ridge)).unsqueeze(1)
 
@@ -77,7 +77,7 @@ def refit_base(
     for problem, gram in zip(slices, grams, strict=True):
         rows = torch.ones_like(base[:, 0]) if problem.metric is None else problem.metric.diagonal()
         diagonal += torch.outer(rows, gram.diagonal())
-    ridge = _RIDGE * diagonal.mean().clamp_min(torch.finfo(base.dtype).tiny)
+    ridge = _RIDGE * diagonal.mean() + torch.finfo(base.dtype).tiny
 
     def apply(u: Tensor) -> Tensor:
         total = ridge * u

@@ -1,0 +1,129 @@
+"""A group in closed form: every kind of base and pattern through one path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fips_ext import Recipe
+from fips_ext.budget import GroupShape, solve
+from fips_ext.init import Factors, factorise, start
+from fips_ext.init.rotate import rotate
+from fips_ext.layout import BlockSparse
+
+from .problems import gated_layer
+
+WIDTH, HIDDEN, LAYERS = 32, 64, 2
+SHAPE = GroupShape(WIDTH, HIDDEN, True, LAYERS, element_size=4)
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+def layers_of_a_group() -> list[dict]:
+    return [gated_layer(WIDTH, HIDDEN) for _ in range(LAYERS)]
+
+
+def group_error(layers: list[dict], factors: Factors) -> float:
+    total = 0.0
+    for problems, values in zip(layers, factors.values, strict=True):
+        for role, problem in problems.items():
+            base = factors.bases[-1 if role == "down" else 0]
+            rank = base.shape[1]
+            product = base @ values[role][:rank]
+            total += problem.error(product + values[role][rank:] if factors.identity else product)
+    return total
+
+
+@pytest.mark.parametrize("pattern", ["bitmap:16x16", "block:16x16", "dense:16x16"])
+@pytest.mark.parametrize("base", ["shared", "identity", "both"])
+@pytest.mark.parametrize("per_role", [False, True])
+def test_meets_its_plan(pattern: str, base: str, per_role: bool) -> None:
+    if pattern.startswith("dense") and base != "shared":
+        pytest.skip("a dense identity part is larger than the dense model")
+    recipe = Recipe(ratio=0.7, pattern=pattern, base=base, per_role=per_role)
+    plan = solve(recipe, SHAPE)
+    layers = layers_of_a_group()
+    factors = factorise(layers, plan, recipe)
+    assert len(factors.bases) == (2 if per_role and base != "identity" else 1)
+    assert all(b.shape == (WIDTH, plan.rank) for b in factors.bases)
+    packed = [
+        BlockSparse.from_dense(v, plan.pattern.block, plan.pattern.encoding, masks[role])
+        for values, masks in zip(factors.values, factors.masks, strict=True)
+        for role, v in values.items()
+    ]
+    stored = sum(p.nbytes() for p in packed) + plan.bases * WIDTH * plan.rank * 4
+    assert stored <= plan.nbytes
+    for values, masks in zip(factors.values, factors.masks, strict=True):
+        for role, v in values.items():
+            assert v.isfinite().all()
+            assert not v[~masks[role]].any()
+    nothing = sum(p.error(torch.zeros(WIDTH, HIDDEN)) for layer in layers for p in layer.values())
+    assert group_error(layers, factors) < 0.8 * nothing
+
+
+def test_full_rank_and_density_reproduce_the_weights() -> None:
+    recipe = Recipe(ratio=1.0, base="identity", pattern="bitmap:16x16")
+    shape = GroupShape(WIDTH, HIDDEN, True, LAYERS, element_size=4)
+    # Every value: 1/32 of mask and a little index more than a ratio of 1 allows, hence by hand.
+    plan = solve(recipe, shape)
+    full = type(plan)(**{**plan.__dict__, "count": WIDTH * shape.columns})
+    layers = layers_of_a_group()
+    factors = factorise(layers, full, recipe)
+    for problems, values in zip(layers, factors.values, strict=True):
+        for role, problem in problems.items():
+            torch.testing.assert_close(values[role], problem.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_refit_helps() -> None:
+    layers = layers_of_a_group()
+    errors = {}
+    for refit in (False, True):
+        recipe = Recipe(ratio=0.6, pattern="bitmap:16x16", refit=refit)
+        errors[refit] = group_error(layers, factorise(layers, solve(recipe, SHAPE), recipe))
+    assert errors[True] < errors[False]
+
+
+def test_rotation_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = layers_of_a_group()
+    recipe = Recipe(ratio=0.6, pattern="bitmap:16x16", refit=False)
+    plan = solve(recipe, SHAPE)
+    errors = []
+    for rotations in (0, 4, 12):
+        monkeypatch.setattr(start, "_ROTATIONS", rotations)
+        errors.append(group_error(layers, factorise(layers, plan, recipe)))
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_rotation_never_loses_energy() -> None:
+    targets = [torch.randn(8, 40, dtype=torch.float64), torch.randn(8, 20, dtype=torch.float64)]
+    bases = [torch.linalg.qr(torch.randn(8, r, dtype=torch.float64))[0] for r in (8, 5)]
+
+    def project(coefficients: list) -> list:
+        return [c * (c.abs() > 1) for c in coefficients]
+
+    def objective(bases: list) -> float:
+        # Hard thresholding at 1 is the best choice for this penalised error.
+        total = 0.0
+        for p, a, x in zip(bases, targets, project([p.t() @ a for p, a in zip(bases, targets, strict=True)])):
+            total += float((a - p @ x).square().sum() + (x != 0).sum())
+        return total
+
+    history = [objective(bases)]
+    for _ in range(6):
+        bases = rotate(targets, bases, project, 1)
+        history.append(objective(bases))
+    assert all(b <= a + 1e-9 for a, b in zip(history, history[1:], strict=False))
+    for p in bases:
+        torch.testing.assert_close(p.t() @ p, torch.eye(p.shape[1], dtype=p.dtype))
+
+
+def test_a_group_that_sees_only_zeros_is_finite() -> None:
+    layers = layers_of_a_group()
+    for layer in layers:
+        for problem in layer.values():
+            problem.metric = None if problem.metric is None else torch.zeros(WIDTH, WIDTH)
+            problem.columns = torch.zeros(HIDDEN)
+    for base in ("shared", "identity", "both"):
+        recipe = Recipe(ratio=0.7, pattern="bitmap:16x16", base=base)
+        factors = factorise(layers, solve(recipe, SHAPE), recipe)
+        assert all(v.isfinite().all() for values in factors.values for v in values.values())
