@@ -256,6 +256,13 @@ def test_eval_of_the_checkpoint_equals_dense(dense, small, text):
     assert first["perplexity"] == pytest.approx(second["perplexity"], rel=1e-4)
 
 
+def test_progress_in_a_log_is_a_few_lines(small, text):
+    result = run("eval", small, "--text", text, "--context", 64, "--windows", 40, "--json")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("scoring windows: ")]
+    assert [line.split()[2] for line in lines] == [str(percent) for percent in range(10, 101, 10)]
+    json.loads(result.stdout)
+
+
 def test_eval_prints_a_table(small, text):
     assert "perplexity" in run("eval", small, "--text", text, "--context", 64, "--windows", 2).stdout
 

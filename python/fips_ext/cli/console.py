@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
@@ -69,13 +70,28 @@ def quiet_transformers() -> None:
 
 @contextlib.contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, moved by calling the result with (done, total); nothing if stderr is no terminal."""
+    """Progress on stderr, moved by calling the result with (done, total).
+
+    A bar on a terminal. In a log, which would keep every redrawing, one line for each tenth.
+    """
     console = stderr()
+    if not console.is_terminal:
+        yield _tenths(description)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
-        def move(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
 
-        yield move
+def _tenths(description: str) -> Callable[[int, int], None]:
+    start, reported = time.monotonic(), 0
+
+    def move(done: int, total: int) -> None:
+        nonlocal reported
+        tenth = 10 * done // max(1, total)
+        if tenth > reported:
+            reported = tenth
+            note(f"{description}: {10 * tenth} % after {time.monotonic() - start:.0f} s")
+
+    return move
