@@ -68,7 +68,7 @@ def test_never_above_the_budget_and_honest_about_it(recipe: Recipe, shape: Group
     assert plan.nbytes <= recipe.ratio * shape.dense_bytes
     assert plan.nbytes == recount(plan)
     assert plan.rank <= shape.width
-    assert 0 < plan.density
+    assert plan.density > 0
 
 
 @given(recipes, shapes)

@@ -25,9 +25,7 @@ def test_saliency_is_the_error_of_dropping_one_entry(metric: bool, identity: boo
     for k, j in ((0, 0), (2, 7), (v.shape[0] - 1, 3)):
         dropped = v.clone()
         dropped[k, j] = 0
-        torch.testing.assert_close(
-            float(scores[k, j]), problem.error(full @ dropped), rtol=1e-3, atol=1e-8
-        )
+        torch.testing.assert_close(float(scores[k, j]), problem.error(full @ dropped), rtol=1e-3, atol=1e-8)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(0, 60))

@@ -56,8 +56,7 @@ def test_no_iteration_makes_it_worse(iterations: int) -> None:
 
     start = error(base, values)
     refitted = [
-        refit_values(s, base, False, v, m, iterations)
-        for s, v, m in zip(slices, values, masks, strict=True)
+        refit_values(s, base, False, v, m, iterations) for s, v, m in zip(slices, values, masks, strict=True)
     ]
     middle = error(base, refitted)
     assert middle <= start * (1 + 1e-5)

@@ -1,0 +1,164 @@
+"""compress on small models: what it installs, what it reports, what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from fips_ext import Recipe
+from fips_ext.compress import compress, group_mlps
+from fips_ext.errors import BudgetError, InvalidArgument, NumericalError, SurgeryError
+from fips_ext.nn.mlp import shared_mlps
+from fips_ext.report import Report
+from fips_ext.surgery import find_mlps
+
+from .tiny_models import CASES, build
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+def recipe(**fields) -> Recipe:
+    small = {"pattern": "bitmap:16x16", "group_size": 2, "steps": 5, "tokens_per_step": 32}
+    return Recipe(**{"ratio": 0.8, "calibration_tokens": 96, **small, **fields})
+
+
+def compressed(name: str, **fields) -> tuple[nn.Module, torch.Tensor, Report]:
+    model, x = build(name)
+    return model, x, compress(model, recipe(**fields), [x] * 8)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "swin"])
+def test_every_architecture(name: str) -> None:
+    model, x, report = compressed(name)
+    modules = shared_mlps(model)
+    assert len(modules) == len(report.layers) == CASES[name].count
+    assert report.mlp_ratio <= 0.8
+    assert all(layer.error_after <= 1.001 * layer.error_before for layer in report.layers)
+    with torch.no_grad():
+        output = model(x)
+    assert next(iter(output.values())).isfinite().all()
+
+
+def test_stages_of_other_widths_are_other_groups() -> None:
+    # The stages are as narrow as 16, where index and base weigh more than they save.
+    model, x = build("swin")
+    report = compress(model, recipe(ratio=0.95, base="identity"), [x] * 8)
+    assert report.mlp_ratio <= 0.95
+    assert len({m.width for m in shared_mlps(model).values()}) == 2
+
+
+@pytest.mark.parametrize("base", ["shared", "identity", "both"])
+@pytest.mark.parametrize("pattern", ["bitmap:16x16", "block:16x16", "dense:16x16"])
+@pytest.mark.parametrize("per_role", [False, True])
+def test_every_recipe(base: str, pattern: str, per_role: bool) -> None:
+    if pattern.startswith("dense") and base != "shared":
+        with pytest.raises(BudgetError):
+            compressed("vit", base=base, pattern=pattern, per_role=per_role)
+        return
+    _, _, report = compressed("vit", base=base, pattern=pattern, per_role=per_role, ratio=0.9)
+    assert report.mlp_ratio <= 0.9
+
+
+def test_bytes_are_those_of_the_state_dict() -> None:
+    model, _, report = compressed("bert")
+    stored = sum(
+        tensor.numel() * tensor.element_size()
+        for mlp in shared_mlps(model).values()
+        for tensor in mlp.state_dict().values()
+    )
+    assert sum(layer.nbytes for layer in report.layers) == stored
+    dense = sum(layer.dense_bytes for layer in report.layers)
+    reference = sum(
+        parameter.numel() * 4
+        for mlp in find_mlps(build("bert")[0])
+        for linear in mlp.linears().values()
+        for parameter in linear.parameters()
+    )
+    assert dense == reference
+    assert report.mlp_ratio == pytest.approx(stored / dense)
+    assert report.mlp_ratio < report.linear_ratio < report.model_ratio < 1
+
+
+def test_a_base_is_shared_inside_its_group_only() -> None:
+    model, _, _ = compressed("llama", group_size=2)
+    a, b, c = shared_mlps(model).values()
+    # Three layers in groups of at most two, as even as can be.
+    assert [m.owns_base for m in (a, b, c)] in ([True, False, True], [True, True, False])
+    assert len({id(m.base) for m in (a, b, c)}) == 2
+
+
+def test_groups_are_even() -> None:
+    mlps = find_mlps(build("llama")[0])
+    assert [len(g) for g in group_mlps(mlps, 2)] == [1, 2]
+    assert [len(g) for g in group_mlps(mlps, 3)] == [3]
+    assert [len(g) for g in group_mlps(mlps, 1)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keeps_the_dtype(dtype: torch.dtype) -> None:
+    model, x = build("llama")
+    model.to(dtype)
+    report = compress(model, recipe(), [x] * 8)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert report.mlp_ratio <= 0.8
+    assert model(x).logits.isfinite().all()
+
+
+def test_data_free() -> None:
+    model, x = build("vit")
+    report = compress(model, recipe(init="svd", steps=0), None)
+    assert report.mlp_ratio <= 0.8
+    assert all(layer.error_after is None for layer in report.layers)
+    assert model(x).logits.isfinite().all()
+    with pytest.raises(InvalidArgument, match="init='svd'"):
+        compress(build("vit")[0], recipe(), None)
+
+
+def test_a_second_run_gives_the_same_model() -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        states.append(compressed("llama")[0].state_dict())
+    assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
+
+
+def test_progress_rises_to_the_total() -> None:
+    model, x = build("llama")
+    calls: list[tuple[int, int]] = []
+    compress(model, recipe(), [x] * 8, progress=lambda done, total: calls.append((done, total)))
+    done = [d for d, _ in calls]
+    assert done == sorted(done)
+    assert len({total for _, total in calls}) == 1
+    assert calls[-1][0] == calls[-1][1]
+
+
+def test_report_round_trip_and_table() -> None:
+    _, _, report = compressed("bert")
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
+    table = report.to_markdown()
+    assert all(layer.name in table for layer in report.layers)
+    assert f"{report.mlp_ratio:.4f}" in table
+    assert report.seconds > 0
+    assert report.peak_memory > 0
+
+
+def test_refusals_leave_the_model_dense() -> None:
+    model, x = build("llama")
+    data = [x] * 8
+    for fields, error, message in (
+        ({"ratio": 0.01}, BudgetError, "need at least"),
+        ({"rank": 33}, InvalidArgument, "rank: got 33"),
+        ({"calibration_tokens": 10_000}, InvalidArgument, "192 tokens found, 10000 needed"),
+    ):
+        with pytest.raises(error, match=message):
+            compress(model, recipe(**fields), data)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(NumericalError, match=r"model\.layers\.2\.mlp"):
+        compress(model, recipe(), data)
+    assert not shared_mlps(model)
+    with pytest.raises(SurgeryError):
+        compress(nn.Linear(4, 4), recipe(), data)

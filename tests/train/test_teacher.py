@@ -1,0 +1,94 @@
+"""observe: targets, metric and weights of errors against autograd in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fips_ext.errors import NumericalError
+from fips_ext.reference import ACTIVATIONS
+from fips_ext.surgery import DenseMLP, find_mlps
+from fips_ext.train import check_weights, observe, weight_problems
+
+from ..tiny_models import build
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+def dense_mlp(name: str) -> DenseMLP:
+    return find_mlps(build(name)[0])[0]
+
+
+def forward(mlp: DenseMLP, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def linear(role: str, x: Tensor) -> Tensor:
+        bias = mlp.linears()[role].bias
+        return nn.functional.linear(x, weights[role], None if bias is None else bias.to(x.dtype))
+
+    act = ACTIVATIONS[mlp.activation]
+    up = linear("up", x)
+    return linear("down", act(up) if mlp.gate is None else act(linear("gate", x)) * up)
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "bert"])
+def test_targets_and_power(name: str) -> None:
+    mlp = dense_mlp(name)
+    x = torch.randn(100, mlp.width)
+    seen = observe(mlp, x, torch.float32)
+    expected = forward(mlp, x, {role: linear.weight for role, linear in mlp.linears().items()})
+    torch.testing.assert_close(seen.targets, expected)
+    assert seen.power == pytest.approx(float(expected.square().sum(1).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "vit"])
+@pytest.mark.parametrize("role", ["up", "gate", "down"])
+def test_errors_predict_those_of_the_output(name: str, role: str) -> None:
+    """A small error in one entry moves the output by what the problem says, up to correlations."""
+    mlp = dense_mlp(name)
+    if role not in mlp.linears():
+        pytest.skip("a plain MLP has no gate")
+    x = torch.randn(4000, mlp.width)
+    seen = observe(mlp, x, torch.float32)
+    problem = seen.problems[role]
+    weights = {r: linear.weight.detach().double() for r, linear in mlp.linears().items()}
+    clean = forward(mlp, x.double(), weights)
+    for row, column in ((0, 0), (3, 17), (20, 40)):
+        step = torch.zeros(mlp.width, mlp.hidden, dtype=torch.float64)
+        step[row, column] = 1e-4
+        moved = {**weights, role: weights[role] + (step if role == "down" else step.t())}
+        measured = (forward(mlp, x.double(), moved) - clean).square().sum(1).mean() / seen.power
+        predicted = problem.error(problem.weight + step.float())
+        # E[x² g²] is taken as E[x²] E[g²]: right in size, not in digits.
+        assert 0.2 < predicted / float(measured) < 5
+        if role == "down":
+            assert predicted == pytest.approx(float(measured), rel=1e-2)
+
+
+def test_half_precision_is_near_the_oracle() -> None:
+    mlp = dense_mlp("llama")
+    x = torch.randn(200, mlp.width)
+    exact, low = observe(mlp, x, torch.float32), observe(mlp, x, torch.bfloat16)
+    assert float((exact.targets - low.targets).norm() / exact.targets.norm()) < 2e-2
+    assert low.power == pytest.approx(exact.power, rel=2e-2)
+
+
+def test_zero_inputs_are_legal() -> None:
+    mlp = dense_mlp("llama")
+    seen = observe(mlp, torch.zeros(10, mlp.width), torch.float32)
+    assert seen.power == 0
+    assert all(p.columns.isfinite().all() for p in seen.problems.values())
+
+
+def test_nan_names_the_layer() -> None:
+    mlp = dense_mlp("llama")
+    with torch.no_grad():
+        mlp.down.weight[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"model\.layers\.0\.mlp.*down"):
+        check_weights(mlp)
+    with pytest.raises(NumericalError, match=r"model\.layers\.0\.mlp"):
+        observe(mlp, torch.randn(10, mlp.width), torch.float32)
+
+
+def test_data_free_problem_counts_every_matrix_alike() -> None:
+    for problem in weight_problems(dense_mlp("llama")).values():
+        assert problem.error(torch.zeros_like(problem.weight)) == pytest.approx(1, rel=1e-5)
