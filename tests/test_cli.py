@@ -273,7 +273,9 @@ def test_eval_refuses(dense, text, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "bare")
     assert "tokenizer" in refusal("eval", tmp_path / "bare", "--text", text)
     (tmp_path / "bare" / "model.safetensors").write_bytes(b"damaged")
-    assert "transformers cannot load it" in refusal("eval", tmp_path / "bare", "--text", text)
+    assert "transformers cannot load" in refusal("eval", tmp_path / "bare", "--text", text)
+    tiny_llama().model.save_pretrained(tmp_path / "headless")
+    assert "predicts no tokens" in refusal("eval", tmp_path / "headless", "--text", text)
 
 
 def test_generate_prints_the_continuation(dense, small):

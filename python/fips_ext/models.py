@@ -92,16 +92,9 @@ def check_device(device: str) -> torch.device:
 
 
 def _load_transformers(folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    from safetensors import SafetensorError
-
     from .integrations.transformers import load_dense
 
-    try:
-        model = load_dense(folder, dtype)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: transformers cannot load it ({_first_line(error)}); save or download it again"
-        ) from error
+    model = load_dense(folder, dtype)
     if not model.can_generate():
         raise InvalidArgument(
             f"model: {folder} holds a {type(model).__name__}, which predicts no tokens; "
