@@ -21,8 +21,10 @@ void add_column_sums(void* sums, const void* matrix, DType dtype, int64_t rows, 
 void scale_into(void* out, const void* sums, double scale, DType dtype, int64_t count,
                 const Parallel& parallel);
 
-// y[i] -= target[i]; returns the sum of squared differences.
-double subtract_target(void* y, const void* target, DType dtype, int64_t count,
-                       const Parallel& parallel);
+// Residuals of [rows, cols] outputs: y = weight[row] * (y - target); returns the sum of weight[row]
+// * (y - target)^2, so that y becomes half the gradient of that sum. `weight` is float32, or null
+// for all ones.
+double weighted_residual(void* y, const void* target, const float* weight, DType dtype,
+                         int64_t rows, int64_t cols, const Parallel& parallel);
 
 }  // namespace fips::cpu

@@ -274,7 +274,8 @@ NineTensors shared_mlp_backward(const Tensor& grad_y, const Tensor& x, const Ten
   return with_gradients(torch::stable::reshape(dx, shape), mlp.finish(sums, 1.0, mlp.dtype(), x));
 }
 
-NineTensors reconstruction_loss(const Tensor& x, const Tensor& target, double scale,
+NineTensors reconstruction_loss(const Tensor& x, const Tensor& target,
+                                const OptionalTensor& token_weight, double scale,
                                 const Tensor& base, const OptionalTensor& base_out,
                                 const TensorList& up, const std::optional<TensorList>& gate,
                                 const TensorList& down, const OptionalTensor& up_bias,
@@ -286,14 +287,26 @@ NineTensors reconstruction_loss(const Tensor& x, const Tensor& target, double sc
   FIPS_CHECK(shape_of(target) == shape_of(x), "target: shape is ", shape_of(target),
              "; expected that of x, ", shape_of(x));
   const Tensor tokens = flatten_tokens(x), wanted = flatten_tokens(target);
+  TensorList weight;
+  if (token_weight.has_value()) {
+    check_same_device(*token_weight, x, "token_weight");
+    FIPS_CHECK(
+        token_weight->scalar_type() == ScalarType::Float && token_weight->numel() == tokens.size(0),
+        "token_weight: expected float32 with one entry for each of the ", tokens.size(0),
+        " tokens, got ", torch::headeronly::toString(token_weight->scalar_type()), " ",
+        shape_of(*token_weight));
+    weight.push_back(torch::stable::contiguous(*token_weight));
+  }
   const MlpGradients sums = mlp.zero_gradients(x);
   double loss = 0;
   for_each_chunk(tokens.size(0), mlp.chunk_tokens(), [&](int64_t first, int64_t count) {
     const Tensor rows = token_rows(tokens, first, count);
     const Tensor residual = torch::stable::contiguous(mlp.forward(rows));
-    loss += cpu::subtract_target(residual.mutable_data_ptr(),
-                                 token_rows(wanted, first, count).const_data_ptr(), mlp.dtype(),
-                                 residual.numel(), kTorchThreads);
+    const float* row_weight =
+        weight.empty() ? nullptr : static_cast<const float*>(weight[0].const_data_ptr()) + first;
+    loss += cpu::weighted_residual(residual.mutable_data_ptr(),
+                                   token_rows(wanted, first, count).const_data_ptr(), row_weight,
+                                   mlp.dtype(), count, mlp.width(), kTorchThreads);
     // The residual goes back unscaled: 2 * scale would underflow in float16.
     mlp.backward(residual, rows, sums, false);
   });

@@ -33,11 +33,12 @@ STABLE_TORCH_LIBRARY(fips, m) {
       "str activation, bool identity) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");
 
-  // scale * sum((shared_mlp(x) - target)^2) and the gradients of base, base_out, up, gate, down
-  // values and the three biases, made chunk by chunk over tokens in one pass; loss and gradients in
-  // float32 (float64 for float64).
+  // scale * sum(token_weight * (shared_mlp(x) - target)^2) and the gradients of base, base_out, up,
+  // gate, down values and the three biases, made chunk by chunk over tokens in one pass; loss and
+  // gradients in float32 (float64 for float64).
   m.def(
-      "reconstruction_loss(Tensor x, Tensor target, float scale, Tensor base, Tensor? base_out, "
+      "reconstruction_loss(Tensor x, Tensor target, Tensor? token_weight, float scale, Tensor "
+      "base, Tensor? base_out, "
       "Tensor[] up, "
       "Tensor[]? gate, Tensor[] down, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias, int "
       "hidden, "

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CAST = ("block_sparse_mm", "block_sparse_sddmm", "shared_mlp", "reconstruction_loss")
+# Op, and the positions of arguments that keep their type (token_weight is always float32).
+_CAST = {
+    "block_sparse_mm": (),
+    "block_sparse_sddmm": (),
+    "shared_mlp": (),
+    "reconstruction_loss": (2,),
+}
 _library: torch.library.Library | None = None
 
 
@@ -19,12 +25,12 @@ def _cast(argument, dtype: torch.dtype):
     return argument
 
 
-def _kernel(op, device_type: str, key: torch._C.DispatchKey):
+def _kernel(op, keep: tuple[int, ...], device_type: str, key: torch._C.DispatchKey):
     def autocast(_keyset, *args, **kwargs):
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return op(
-                *[_cast(argument, dtype) for argument in args],
+                *[a if i in keep else _cast(a, dtype) for i, a in enumerate(args)],
                 **{name: _cast(argument, dtype) for name, argument in kwargs.items()},
             )
 
@@ -35,8 +41,8 @@ def register() -> None:
     """Register the rules on ``torch.ops.fips`` for the CPU and CUDA."""
     global _library
     _library = torch.library.Library("fips", "IMPL")
-    for name in _CAST:
+    for name, keep in _CAST.items():
         op = getattr(torch.ops.fips, name).default
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-            kernel = _kernel(op, device_type, getattr(torch._C.DispatchKey, key))
+            kernel = _kernel(op, keep, device_type, getattr(torch._C.DispatchKey, key))
             _library.impl(name, kernel, key, with_keyset=True)

@@ -120,8 +120,8 @@ def _mlp_backward(ctx, grad):
 
 
 def _loss_setup(ctx, inputs, output):
-    # x, target and scale are data; the parameters follow, then hidden, activation, identity.
-    parameters = inputs[3:11]
+    # x, target, token_weight and scale are data; then parameters, then hidden, activation, identity.
+    parameters = inputs[4:12]
     ctx.lengths = [len(p) if isinstance(p, list | tuple) else None for p in parameters]
     ctx.absent = [p is None for p in parameters]
     ctx.dtype = inputs[0].dtype
@@ -138,7 +138,7 @@ def _loss_backward(ctx, grad_loss, *_unused):
             continue
         scaled = (grad * grad_loss).to(ctx.dtype)  # the sums are float32
         ordered.append(scaled if length is None else [scaled, *[None] * (length - 1)])
-    return None, None, None, *ordered, None, None, None
+    return None, None, None, None, *ordered, None, None, None
 
 
 # -- initialisation: results of decompositions are data ----------------------------------------------------

@@ -44,7 +44,7 @@ def _shared_mlp_backward(grad_y, x, *args):
     return (_contiguous_like(x), *_gradients(x, x.dtype, *args[:8]))
 
 
-def _reconstruction_loss(x, target, scale, *args):
+def _reconstruction_loss(x, target, token_weight, scale, *args):
     dtype = _accumulator(x.dtype)
     return (x.new_empty((), dtype=dtype), *_gradients(x, dtype, *args[:8]))
 

@@ -116,9 +116,7 @@ def restore_buffer_dtypes(model: nn.Module, structure: Json) -> None:
         if name in buffers:
             wanted = getattr(torch, str(dtype), None)
             if not isinstance(wanted, torch.dtype):
-                raise CheckpointError(
-                    f"fips.json: {dtype!r}, the dtype of {name}, is none of torch's"
-                )
+                raise CheckpointError(f"fips.json: {dtype!r}, the dtype of {name}, is none of torch's")
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._buffers[leaf] = buffers[name].to(wanted)
 
@@ -177,9 +175,7 @@ def _describe_factor(factor: SparseFactor) -> Json:
 def _empty_mlp(entry: Json, owner: SharedMLP | None) -> SharedMLP:
     width, hidden = entry["width"], entry["hidden"]
     if any(sizes["cols"] != hidden for sizes in entry["slices"].values()):
-        raise InvalidArgument(
-            f"slices of {entry['paths'][0]}: cols is not the hidden width {hidden}"
-        )
+        raise InvalidArgument(f"slices of {entry['paths'][0]}: cols is not the hidden width {hidden}")
     with torch.device("meta"):
         slices = {
             role: SparseFactor.empty(**{**sizes, "block": tuple(sizes["block"])})
@@ -190,9 +186,7 @@ def _empty_mlp(entry: Json, owner: SharedMLP | None) -> SharedMLP:
         if owner is None:
             base = SharedBase.empty(width, entry["rank"], entry["identity"])
             rank_out = entry["rank_out"]
-            base_out = (
-                None if rank_out is None else SharedBase.empty(width, rank_out, entry["identity"])
-            )
+            base_out = None if rank_out is None else SharedBase.empty(width, rank_out, entry["identity"])
         else:
             base, base_out = owner.base, owner.base_out
         return SharedMLP(

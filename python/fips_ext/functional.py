@@ -69,9 +69,11 @@ def reconstruction_loss(
     down_bias: Tensor | None = None,
     activation: str = "gelu",
     identity: bool = False,
+    token_weight: Tensor | None = None,
 ) -> Tensor:
-    """``scale · Σ (shared_mlp(x) − target)²`` with every parameter gradient made in the same pass.
+    """``scale · Σ_t w_t ‖shared_mlp(x_t) − target_t‖²`` with every parameter gradient made in the same pass.
 
+    ``token_weight``: float32, one entry per token, default all ones.
     ``x`` and ``target`` are data: no gradient flows to them. The forward pass already holds the gradients, so
     ``backward()`` costs a scaling; nothing of size ``tokens × n`` is kept.
     """
@@ -79,6 +81,7 @@ def reconstruction_loss(
     return torch.ops.fips.reconstruction_loss(
         x,
         target,
+        token_weight,
         scale,
         base,
         base_out,

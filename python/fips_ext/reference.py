@@ -92,6 +92,16 @@ def shared_mlp(
     return y if down_bias is None else y + down_bias
 
 
-def reconstruction_loss(x: Tensor, target: Tensor, scale: float, **mlp) -> Tensor:
-    """``scale · Σ (shared_mlp(x) − target)²``; with ``scale = 1 / Σ target²`` the normalised MSE."""
-    return (shared_mlp(x, **mlp) - target).square().sum() * scale
+def reconstruction_loss(
+    x: Tensor, target: Tensor, scale: float, *, token_weight: Tensor | None = None, **mlp
+) -> Tensor:
+    """``scale · Σ_t w_t ‖shared_mlp(x_t) − target_t‖²``; ``w = 1, scale = 1 / Σ target²`` is the normalised MSE.
+
+    Args:
+        token_weight: one entry per token, default all ones.
+        mlp: the arguments of :func:`shared_mlp` after x.
+    """
+    squared = (shared_mlp(x, **mlp) - target).square().sum(-1)
+    if token_weight is not None:
+        squared = squared * token_weight.view(squared.shape).to(squared.dtype)
+    return squared.sum() * scale

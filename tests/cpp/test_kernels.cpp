@@ -227,20 +227,25 @@ INSTANTIATE_TEST_SUITE_P(EveryIsa, Kernels,
                          ::testing::Values(cpu::Isa::kScalar, cpu::Isa::kAvx2, cpu::Isa::kAvx512),
                          [](const auto& instance) { return cpu::isa_name(instance.param); });
 
-TEST(Reduce, DoesNotDependOnThreads) {
-  const std::vector<float> target = random_vector(100000, 20);
-  std::vector<float> a = random_vector(100000, 21), b = a;
-  const double one =
-      cpu::subtract_target(a.data(), target.data(), DType::kFloat32, 100000, kSerial);
-  const double many =
-      cpu::subtract_target(b.data(), target.data(), DType::kFloat32, 100000, kManyThreads);
+TEST(Reduce, WeightedResidualDoesNotDependOnThreads) {
+  constexpr int64_t kRows = 300, kCols = 333;
+  const std::vector<float> target = random_vector(kRows * kCols, 20),
+                           weight = random_vector(kRows, 22);
+  const std::vector<float> y = random_vector(kRows * kCols, 21);
+  std::vector<float> a = y, b = y;
+  const double one = cpu::weighted_residual(a.data(), target.data(), weight.data(), DType::kFloat32,
+                                            kRows, kCols, kSerial);
+  const double many = cpu::weighted_residual(b.data(), target.data(), weight.data(),
+                                             DType::kFloat32, kRows, kCols, kManyThreads);
   EXPECT_EQ(one, many);
   EXPECT_EQ(a, b);
   double exact = 0;
-  for (float difference : a) {
-    exact += double{difference} * difference;
+  for (int64_t i = 0; i < kRows * kCols; ++i) {
+    const double difference = double{y[i]} - target[i];
+    exact += weight[i / kCols] * difference * difference;
+    ASSERT_NEAR(a[i], weight[i / kCols] * difference, 1e-5);
   }
-  EXPECT_NEAR(one, exact, 1e-6 * exact);
+  EXPECT_NEAR(one, exact, 1e-3);
 }
 
 TEST(Dispatch, RefusesUnknownCapabilities) {

@@ -113,7 +113,9 @@ def test_mlp_arguments():
     expect("gate_bias: given without gate", 3, None)
     expect(r"base: expected shape \[25, r\]", x=torch.randn(3, 25))
     with pytest.raises(ValueError, match="target: shape is"):
-        ops.reconstruction_loss(x, torch.randn(4, 24), 1.0, *arguments)
+        ops.reconstruction_loss(x, torch.randn(4, 24), None, 1.0, *arguments)
+    with pytest.raises(ValueError, match="token_weight: expected float32 with one entry for each of the 3"):
+        ops.reconstruction_loss(x, x, torch.ones(4), 1.0, *arguments)
 
 
 def test_initialisation_arguments():

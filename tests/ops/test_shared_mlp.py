@@ -97,7 +97,9 @@ def test_opcheck(gated):
     plain = flat_arguments(mlp)
     torch.library.opcheck(torch.ops.fips.shared_mlp_backward.default, (x.detach(), x.detach(), *plain))
     target = torch.randn(5, 24, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.fips.reconstruction_loss.default, (x.detach(), target, 0.5, *arguments))
+    torch.library.opcheck(
+        torch.ops.fips.reconstruction_loss.default, (x.detach(), target, torch.rand(5), 0.5, *arguments)
+    )
 
 
 def test_plain_pruning_and_low_rank_are_special_cases():
@@ -130,13 +132,15 @@ def test_chunks_do_not_change_the_result():
 
 
 @pytest.mark.parametrize(("gated", "bias", "identity", "per_role"), VARIANTS)
-def test_reconstruction_loss_gradients(gated, bias, identity, per_role):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_reconstruction_loss_gradients(gated, bias, identity, per_role, weighted):
     mlp = random_mlp(gated, bias, identity, per_role, "bitmap")
-    x, target = torch.randn(9, 24, dtype=torch.float64), torch.randn(9, 24, dtype=torch.float64)
+    x, target = torch.randn(3, 3, 24, dtype=torch.float64), torch.randn(3, 3, 24, dtype=torch.float64)
+    token_weight = torch.rand(3, 3) if weighted else None
     gradients, losses = [], []
     for call in (functional.reconstruction_loss, reference.reconstruction_loss):
         inputs = {name: t.clone().requires_grad_() for name, t in leaves(mlp).items()}
-        loss = call(x, target, 0.25, **with_leaves(mlp, inputs))
+        loss = call(x, target, 0.25, token_weight=token_weight, **with_leaves(mlp, inputs))
         losses.append(loss.detach())
         gradients.append(torch.autograd.grad(3 * loss, list(inputs.values())))
     torch.testing.assert_close(losses[0], losses[1])
@@ -161,6 +165,9 @@ def test_autocast_runs_in_the_autocast_dtype():
     mlp = random_mlp(True, True, False, False, "bitmap", torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert functional.shared_mlp(torch.randn(3, 24), **mlp).dtype == torch.bfloat16
+        x = torch.randn(3, 24)
+        loss = functional.reconstruction_loss(x, x, 1.0, token_weight=torch.rand(3), **mlp)
+    assert loss.dtype == torch.float32
 
 
 def test_compiles_without_graph_breaks():

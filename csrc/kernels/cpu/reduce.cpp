@@ -74,25 +74,27 @@ void scale_into(void* out, const void* sums, double scale, DType dtype, int64_t 
   });
 }
 
-double subtract_target(void* y, const void* target, DType dtype, int64_t count,
-                       const Parallel& parallel) {
-  const int64_t chunks = ceil_div(count, kSumChunk);
-  std::vector<double> partial(static_cast<size_t>(chunks), 0.0);
+double weighted_residual(void* y, const void* target, const float* weight, DType dtype,
+                         int64_t rows, int64_t cols, const Parallel& parallel) {
+  std::vector<double> partial(static_cast<size_t>(rows),
+                              0.0);  // one sum a row: no thread count in it
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
     auto* out = static_cast<T*>(y);
     const auto* wanted = static_cast<const T*>(target);
-    parallel_for(parallel, chunks, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        double sum = 0;
-        for (int64_t i = chunk * kSumChunk; i < min_of(count, (chunk + 1) * kSumChunk); ++i) {
-          const Accumulator<T> difference = to_accumulator(out[i]) - to_accumulator(wanted[i]);
-          sum += static_cast<double>(difference) * difference;
-          out[i] = FromAccumulator<T>::convert(difference);
-        }
-        partial[static_cast<size_t>(chunk)] = sum;
-      }
-    });
+    parallel_for(
+        parallel, rows, max_of(1, kGrain / max_of(1, cols)), [&](int64_t begin, int64_t end) {
+          for (int64_t row = begin; row < end; ++row) {
+            const Accumulator<T> scale = weight == nullptr ? 1.0f : weight[row];
+            double sum = 0;
+            for (int64_t i = row * cols; i < (row + 1) * cols; ++i) {
+              const Accumulator<T> difference = to_accumulator(out[i]) - to_accumulator(wanted[i]);
+              sum += static_cast<double>(difference) * difference;
+              out[i] = FromAccumulator<T>::convert(scale * difference);
+            }
+            partial[static_cast<size_t>(row)] = scale * sum;
+          }
+        });
   });
   double total = 0;
   for (double sum : partial) {
