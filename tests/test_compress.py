@@ -36,7 +36,9 @@ def test_every_architecture(name: str) -> None:
     modules = shared_mlps(model)
     assert len(modules) == len(report.layers) == CASES[name].count
     assert report.mlp_ratio <= 0.8
-    assert all(layer.error_after <= 1.001 * layer.error_before for layer in report.layers)
+    assert sum(layer.error_after for layer in report.layers) <= sum(
+        layer.error_before for layer in report.layers
+    )
     with torch.no_grad():
         output = model(x)
     assert next(iter(output.values())).isfinite().all()

@@ -188,9 +188,9 @@ def _compress_group(
         if tokens == 0:
             problems.append(weight_problems(mlp))
             continue
-        seen = observe(mlp, x, compute_dtype)
+        seen = observe(mlp, x, compute_dtype, held_out)
         problems.append(seen.problems if recipe.init == "whitened" else weight_problems(mlp))
-        layer_data.append(LayerData(mlp.name, x, seen.targets, seen.power, held_out))
+        layer_data.append(LayerData(mlp.name, x, seen.targets, seen.weights, seen.power, held_out))
     shared = build(group, factorise(problems, plan, recipe), plan)
     del problems
     meter.advance()

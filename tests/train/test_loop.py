@@ -29,7 +29,7 @@ def group(name: str = "llama", noise: float = 0.1, rank: int = 16):
     for mlp, module in zip(dense, shared, strict=True):
         x = torch.randn(320, mlp.width)
         seen = observe(mlp, x, torch.float32)
-        data.append(LayerData(mlp.name, x, seen.targets, seen.power, 64))
+        data.append(LayerData(mlp.name, x, seen.targets, seen.weights, seen.power, 64))
         with torch.no_grad():
             for factor in module.factors().values():
                 factor.values += noise * torch.randn_like(factor.values)

@@ -10,6 +10,7 @@ from fips_ext.errors import NumericalError
 from fips_ext.reference import ACTIVATIONS
 from fips_ext.surgery import DenseMLP, find_mlps
 from fips_ext.train import check_weights, observe, weight_problems
+from fips_ext.train.teacher import OUTLIER
 
 from ..tiny_models import build
 
@@ -37,7 +38,10 @@ def test_targets_and_power(name: str) -> None:
     seen = observe(mlp, x, torch.float32)
     expected = forward(mlp, x, {role: linear.weight for role, linear in mlp.linears().items()})
     torch.testing.assert_close(seen.targets, expected)
-    assert seen.power == pytest.approx(float(expected.square().sum(1).mean()), rel=1e-5)
+    powers = expected.detach().square().sum(1)
+    weights = (OUTLIER * powers.median() / powers).clamp(max=1)
+    torch.testing.assert_close(seen.weights, weights)
+    assert seen.power == pytest.approx(float((weights * powers).mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "vit"])
@@ -56,7 +60,8 @@ def test_errors_predict_those_of_the_output(name: str, role: str) -> None:
         step = torch.zeros(mlp.width, mlp.hidden, dtype=torch.float64)
         step[row, column] = 1e-4
         moved = {**weights, role: weights[role] + (step if role == "down" else step.t())}
-        measured = (forward(mlp, x.double(), moved) - clean).square().sum(1).mean() / seen.power
+        per_token = (forward(mlp, x.double(), moved) - clean).square().sum(1)
+        measured = (seen.weights * per_token).mean() / seen.power
         predicted = problem.error(problem.weight + step.float())
         # E[x² g²] is taken as E[x²] E[g²]: right in size, not in digits.
         assert 0.2 < predicted / float(measured) < 5
@@ -70,6 +75,30 @@ def test_half_precision_is_near_the_oracle() -> None:
     exact, low = observe(mlp, x, torch.float32), observe(mlp, x, torch.bfloat16)
     assert float((exact.targets - low.targets).norm() / exact.targets.norm()) < 2e-2
     assert low.power == pytest.approx(exact.power, rel=2e-2)
+
+
+def test_an_outlier_counts_like_ten_ordinary_tokens() -> None:
+    mlp = dense_mlp("vit")
+    x = torch.randn(200, mlp.width)
+    calm = observe(mlp, x, torch.float32)
+    x[7] *= 1e3
+    seen = observe(mlp, x, torch.float32)
+    assert float(seen.weights[7]) < 1e-4
+    assert seen.power < 1.2 * calm.power
+    for role, problem in seen.problems.items():
+        ratio = problem.columns / calm.problems[role].columns
+        assert 0.5 < float(ratio.min()) <= float(ratio.max()) < 5
+
+
+def test_held_out_rows_are_not_looked_at() -> None:
+    mlp = dense_mlp("vit")
+    x = torch.randn(200, mlp.width)
+    seen = observe(mlp, x, torch.float32, held_out=50)
+    x[150:] += 3
+    other = observe(mlp, x, torch.float32, held_out=50)
+    assert not torch.equal(seen.targets[150:], other.targets[150:])
+    for role, problem in seen.problems.items():
+        torch.testing.assert_close(problem.columns, other.problems[role].columns)
 
 
 def test_zero_inputs_are_legal() -> None:

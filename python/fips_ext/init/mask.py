@@ -1,4 +1,9 @@
-"""Which entries of V are kept."""
+"""Which entries of V are kept.
+
+Every layer of a group gets the same number. Ranking over all layers would minimise the summed relative error
+of the MLPs, but that is not what a network loses: on SmolLM2-135M at ratio 0.65 it doubles the rise in
+perplexity, because layers whose outputs are easy to approximate in the mean starve.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +35,19 @@ def base_energy(problem: SliceProblem, base: Tensor, identity: bool) -> Tensor:
     return torch.cat([energy, diagonal])
 
 
+def select_by_layer(scores: list[list[Tensor]], count: int, pattern: Pattern) -> list[list[Tensor]]:
+    """Masks that keep ``count`` entries in all, as many in each layer; see :func:`select`.
+
+    Args:
+        scores: per layer, one ``[rows, n]`` per slice.
+    """
+    layers = len(scores)
+    shares = [count // layers + (i < count % layers) for i in range(layers)]
+    return [select(layer, share, pattern) for layer, share in zip(scores, shares, strict=True)]
+
+
 def select(scores: list[Tensor], count: int, pattern: Pattern) -> list[Tensor]:
-    """Masks that keep the ``count`` largest scores over all slices together.
+    """Masks that keep the ``count`` largest scores over all slices of one layer together.
 
     Args:
         scores: one ``[rows, n]`` per slice, not negative.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from ..budget import Plan
 from ..recipe import Recipe
-from .mask import base_energy, saliency, select
+from .mask import base_energy, saliency, select_by_layer
 from .problem import SliceProblem
 from .refit import refit_base, refit_values
 from .rotate import rotate
@@ -47,7 +48,7 @@ def factorise(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe)
     slices = [layers[i][role].normalised() for i, role in keys]
     num_bases = 2 if plan.bases == 2 else 1
     base_of = [num_bases - 1 if role == "down" else 0 for _, role in keys]
-    group = _Group(slices, base_of, num_bases, plan)
+    group = _Group(slices, base_of, num_bases, len(layers[0]), plan)
 
     bases, values = group.low_rank(_ROTATIONS if recipe.base == "shared" else 0)
     if plan.identity:
@@ -67,9 +68,18 @@ def factorise(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe)
 
 @dataclasses.dataclass
 class _Group:
+    """The slices of all layers in one list, layer by layer.
+
+    Attributes:
+        base_of: the base of each slice.
+        num_bases: 1 or 2.
+        per_layer: slices of one layer.
+    """
+
     slices: list[SliceProblem]
     base_of: list[int]
     num_bases: int
+    per_layer: int
     plan: Plan
 
     def zip(self, tensors: list[Tensor]):
@@ -105,11 +115,11 @@ class _Group:
 
     def _project(self, coefficients: list[Tensor]) -> list[Tensor]:
         """Keep the planned number of entries of the weighted coefficients of all bases."""
-        hidden = self.plan.shape.hidden
-        parts = [part for c in coefficients for part in c.split(hidden, dim=1)]
-        masks = select([part.square() for part in parts], self.plan.count, self.plan.pattern)
-        kept = iter([part * mask for part, mask in zip(parts, masks, strict=True)])
-        return [torch.cat([next(kept) for _ in range(c.shape[1] // hidden)], 1) for c in coefficients]
+        columns = [iter(c.split(self.plan.shape.hidden, dim=1)) for c in coefficients]
+        parts = [next(columns[b]) for b in self.base_of]
+        masks = self._select([part.square() for part in parts])
+        kept = [part * mask for part, mask in zip(parts, masks, strict=True)]
+        return [torch.cat(self.of_base(b, kept), 1) for b in range(self.num_bases)]
 
     def masks(self, bases: list[Tensor], values: list[Tensor], keep_base_rows: bool = False) -> list[Tensor]:
         scores = []
@@ -118,7 +128,12 @@ class _Group:
             if keep_base_rows:
                 score[: self.plan.rank] = torch.finfo(score.dtype).max / score.numel()
             scores.append(score)
-        return select(scores, self.plan.count, self.plan.pattern)
+        return self._select(scores)
+
+    def _select(self, scores: list[Tensor]) -> list[Tensor]:
+        starts = range(0, len(scores), self.per_layer)
+        layers = [scores[i : i + self.per_layer] for i in starts]
+        return list(chain(*select_by_layer(layers, self.plan.count, self.plan.pattern)))
 
     def finish(
         self, bases: list[Tensor], values: list[Tensor], masks: list[Tensor], refit: bool

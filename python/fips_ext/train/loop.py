@@ -28,13 +28,15 @@ class LayerData:
     Attributes:
         name: for messages.
         inputs, targets: ``[tokens, d]`` on the host.
-        power: mean of ``‖target‖²`` per token: the unit of the loss.
+        weights: what each token counts ``[tokens]``, at most 1; see :func:`~.teacher.token_weights`.
+        power: weighted mean of ``‖target‖²``: the unit of the loss.
         held_out: trailing rows that training never sees.
     """
 
     name: str
     inputs: Tensor
     targets: Tensor
+    weights: Tensor
     power: float
     held_out: int
 
@@ -57,7 +59,7 @@ def train_group(
     made worse on the held-out rows is thrown away.
 
     Returns:
-        relative held-out errors ``Σ ‖y − target‖² / Σ ‖target‖²`` per layer, before and after.
+        held-out errors per layer, before and after, see :func:`relative_error`.
 
     Raises:
         NumericalError: a loss is NaN or Inf; the message names the layer.
@@ -73,13 +75,8 @@ def train_group(
         rows = batches.next()
         optimizer.zero_grad(set_to_none=True)
         for mlp, layer in zip(mlps, data, strict=True):
-            loss = _loss(mlp, layer, rows, compute_dtype)
-            if not bool(loss.isfinite()):
-                raise NumericalError(
-                    f"{layer.name}: the loss became {float(loss)}; lower learning_rate, or check the weights "
-                    "and the calibration data"
-                )
-            loss.backward()
+            for part, weight in _by_weight(rows, layer.weights):
+                _backward(mlp, layer, part, weight, compute_dtype)
         optimizer.step()
         schedule.step()
         if on_step is not None:
@@ -94,7 +91,7 @@ def train_group(
 
 @torch.no_grad()
 def relative_error(mlp: SharedMLP, layer: LayerData, compute_dtype: torch.dtype) -> float:
-    """``Σ ‖y − target‖² / Σ ‖target‖²`` over the held-out rows."""
+    """``Σ w ‖y − target‖² / Σ w ‖target‖²`` over the held-out rows, ``w`` the token weights."""
     arguments = cast_arguments(mlp, compute_dtype)
     device = mlp.up.values.device
     forward = functional.shared_mlp if _library.available() else reference.shared_mlp
@@ -103,8 +100,9 @@ def relative_error(mlp: SharedMLP, layer: LayerData, compute_dtype: torch.dtype)
         rows = slice(start, start + _CHUNK)
         target = layer.targets[rows].to(device).float()
         y = forward(layer.inputs[rows].to(device, compute_dtype), **arguments).float()
-        error += float((y - target).square().sum())
-        power += float(target.square().sum())
+        weight = layer.weights[rows].to(device)
+        error += float(weight @ (y - target).square().sum(1))
+        power += float(weight @ target.square().sum(1))
     if not math.isfinite(error):
         raise NumericalError(f"{layer.name}: its compressed output holds NaN or Inf")
     return error / power if power > 0 else 0.0
@@ -121,14 +119,31 @@ def cast_arguments(mlp: SharedMLP, dtype: torch.dtype) -> dict:
     return {name: cast(value) for name, value in mlp.op_arguments().items()}
 
 
-def _loss(mlp: SharedMLP, layer: LayerData, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def _by_weight(rows: Tensor, weights: Tensor) -> list[tuple[Tensor, float]]:
+    """The rows that count in full, and apart from them the outliers with their mean weight."""
+    full = weights[rows] >= 1
+    outliers = rows[~full]
+    parts = [(rows[full], 1.0)]
+    if outliers.numel():
+        parts.append((outliers, float(weights[outliers].mean())))
+    return [part for part in parts if part[0].numel()]
+
+
+def _backward(mlp: SharedMLP, layer: LayerData, rows: Tensor, weight: float, dtype: torch.dtype) -> None:
+    """Add the gradients of the loss on some rows of one layer."""
     device = mlp.up.values.device
     x = layer.inputs[rows].to(device, dtype)
     target = layer.targets[rows].to(device, dtype)
-    # The power of all tokens, not of the batch: one token of huge norm must not mute the others of its batch.
-    scale = 1 / max(layer.power * rows.numel(), torch.finfo(torch.float32).tiny)
-    loss = functional.reconstruction_loss if _library.available() else reference.reconstruction_loss
-    return loss(x, target, scale=scale, **cast_arguments(mlp, dtype))
+    # The power of all tokens, not of the batch, so that every batch has the same unit.
+    scale = weight / max(layer.power * layer.trained, torch.finfo(torch.float32).tiny)
+    loss_of = functional.reconstruction_loss if _library.available() else reference.reconstruction_loss
+    loss = loss_of(x, target, scale=scale, **cast_arguments(mlp, dtype))
+    if not bool(loss.isfinite()):
+        raise NumericalError(
+            f"{layer.name}: the loss became {float(loss)}; lower learning_rate, or check the weights and the "
+            "calibration data"
+        )
+    loss.backward()
 
 
 def _optimizer(mlps: list[SharedMLP], recipe: Recipe):

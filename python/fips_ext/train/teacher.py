@@ -14,6 +14,9 @@ from ..surgery import DenseMLP
 
 _CHUNK = 2048
 
+OUTLIER = 10.0
+"""A token of more than this times the median ``‖y‖²`` counts as one of that power."""
+
 
 @dataclasses.dataclass
 class Observation:
@@ -21,11 +24,13 @@ class Observation:
 
     Attributes:
         targets: its outputs ``[tokens, d]`` on the host, in the dtype of the inputs.
-        power: mean of ``‖y‖²`` per token.
+        weights: what each token counts ``[tokens]``, float32, see :func:`token_weights`.
+        power: weighted mean of ``‖y‖²`` over the training rows.
         problems: what an initialiser minimises for each role.
     """
 
     targets: Tensor
+    weights: Tensor
     power: float
     problems: dict[str, SliceProblem]
 
@@ -41,16 +46,17 @@ def check_weights(mlp: DenseMLP) -> None:
 
 
 @torch.no_grad()
-def observe(mlp: DenseMLP, inputs: Tensor, compute_dtype: torch.dtype) -> Observation:
+def observe(mlp: DenseMLP, inputs: Tensor, compute_dtype: torch.dtype, held_out: int = 0) -> Observation:
     """Run the dense MLP over its calibration inputs.
 
     To first order, an error ``δ`` in column ``j`` of the weight of up moves the output by ``(x δ) g_j`` times
     row ``j`` of down, with ``g_j`` the derivative of the hidden value by that pre-activation. So the error of
     up and gate counts with ``c_j² = E[g_j²] ‖down_j‖² / E‖y‖²`` in the metric ``E[x xᵀ]``, that of down with
-    ``c_j² = E[h_j²] / E‖y‖²``.
+    ``c_j² = E[h_j²] / E‖y‖²``. All means are over the training rows, by :func:`token_weights`.
 
     Args:
         inputs: ``[tokens, d]`` on the host.
+        held_out: trailing rows that only get targets and weights.
         compute_dtype: of the matrix products; sums are taken in float32 or better.
 
     Raises:
@@ -62,8 +68,11 @@ def observe(mlp: DenseMLP, inputs: Tensor, compute_dtype: torch.dtype) -> Observ
     low = {role: weight.to(compute_dtype) for role, weight in weights.items()}
     metric = torch.zeros(width, width, dtype=torch.float64, device=device)
     moments = {role: torch.zeros(hidden, dtype=torch.float64, device=device) for role in weights}
-    targets = torch.empty_like(inputs)
+    targets, token_weight = torch.empty_like(inputs), torch.empty(inputs.shape[0])
+    counted = inputs.shape[0] - held_out
     power = 0.0
+    limit = None
+    finite = True
 
     def linear(role: str, x: Tensor) -> Tensor:
         y = (x.to(compute_dtype) @ low[role].t()).float()
@@ -75,16 +84,22 @@ def observe(mlp: DenseMLP, inputs: Tensor, compute_dtype: torch.dtype) -> Observ
         pre = {role: linear(role, x) for role in weights if role != "down"}
         h, gains = _hidden(pre, mlp.activation)
         y = linear("down", h)
-        targets[rows] = y.to(targets)
-        power += float(y.double().square().sum())
-        wide = x.float()
-        metric += (wide.t() @ wide).double()
-        for role, gain in gains.items():
-            moments[role] += gain.square().sum(0).double()
-        moments["down"] += h.square().sum(0).double()
+        powers = y.square().sum(1)
+        if limit is None:
+            limit = OUTLIER * powers.median()
+        w = token_weights(powers, limit)
+        targets[rows], token_weight[rows] = y.to(targets), w.to(token_weight)
+        finite = finite and bool(powers.isfinite().all())
+        # Zero weight keeps the held-out rows out of every sum.
+        w = w * (torch.arange(start, start + w.shape[0], device=device) < counted)
+        power += float((w * powers).double().sum())
+        weighted = x.float() * w.sqrt().unsqueeze(1)
+        metric += (weighted.t() @ weighted).double()
+        for role, value in (*gains.items(), ("down", h)):
+            moments[role] += (w @ value.square()).double()
 
-    tokens = inputs.shape[0]
-    if not (torch.isfinite(metric).all() and torch.isfinite(torch.tensor(power))):
+    tokens = max(1, counted)
+    if not (finite and bool(metric.isfinite().all())):
         raise NumericalError(
             f"{mlp.name}: NaN or Inf in its activations on the calibration data; check the inputs, or load "
             "the model in bfloat16 or float32"
@@ -99,7 +114,20 @@ def observe(mlp: DenseMLP, inputs: Tensor, compute_dtype: torch.dtype) -> Observ
         problems[role] = SliceProblem(
             oriented, None if role == "down" else (metric / tokens).float(), squared.sqrt().float()
         )
-    return Observation(targets, power, problems)
+    return Observation(targets, token_weight, power, problems)
+
+
+def token_weights(powers: Tensor, limit: Tensor) -> Tensor:
+    """``min(1, limit / ‖y_t‖²)``: what a token counts.
+
+    Language models hold a few tokens (often the first of a sequence) whose outputs are thousands of times
+    larger than all others. Unweighted, they are the whole loss of their layer.
+    """
+    return (
+        (limit / powers.clamp_min(torch.finfo(powers.dtype).tiny)).clamp(max=1)
+        if limit > 0
+        else (torch.ones_like(powers))
+    )
 
 
 def weight_problems(mlp: DenseMLP) -> dict[str, SliceProblem]:
