@@ -95,7 +95,9 @@ def shared_mlp(
 def reconstruction_loss(
     x: Tensor, target: Tensor, scale: float, *, token_weight: Tensor | None = None, **mlp
 ) -> Tensor:
-    """``scale · Σ_t w_t ‖shared_mlp(x_t) − target_t‖²``; ``w = 1, scale = 1 / Σ target²`` is the normalised MSE.
+    """``scale · Σ_t w_t ‖shared_mlp(x_t) − target_t‖²``.
+
+    With ``w = 1`` and ``scale = 1 / Σ target²`` this is the normalised MSE.
 
     Args:
         token_weight: one entry per token, default all ones.
