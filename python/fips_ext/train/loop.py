@@ -75,8 +75,13 @@ def train_group(
         rows = batches.next()
         optimizer.zero_grad(set_to_none=True)
         for mlp, layer in zip(mlps, data, strict=True):
-            for part, weight in _by_weight(rows, layer.weights):
-                _backward(mlp, layer, part, weight, compute_dtype)
+            loss = _loss(mlp, layer, rows, compute_dtype)
+            if not bool(loss.isfinite()):
+                raise NumericalError(
+                    f"{layer.name}: the loss became {float(loss)}; lower learning_rate, or check the weights "
+                    "and the calibration data"
+                )
+            loss.backward()
         optimizer.step()
         schedule.step()
         if on_step is not None:
@@ -119,31 +124,18 @@ def cast_arguments(mlp: SharedMLP, dtype: torch.dtype) -> dict:
     return {name: cast(value) for name, value in mlp.op_arguments().items()}
 
 
-def _by_weight(rows: Tensor, weights: Tensor) -> list[tuple[Tensor, float]]:
-    """The rows that count in full, and apart from them the outliers with their mean weight."""
-    full = weights[rows] >= 1
-    outliers = rows[~full]
-    parts = [(rows[full], 1.0)]
-    if outliers.numel():
-        parts.append((outliers, float(weights[outliers].mean())))
-    return [part for part in parts if part[0].numel()]
-
-
-def _backward(mlp: SharedMLP, layer: LayerData, rows: Tensor, weight: float, dtype: torch.dtype) -> None:
-    """Add the gradients of the loss on some rows of one layer."""
+def _loss(mlp: SharedMLP, layer: LayerData, rows: Tensor, dtype: torch.dtype) -> Tensor:
     device = mlp.up.values.device
-    x = layer.inputs[rows].to(device, dtype)
-    target = layer.targets[rows].to(device, dtype)
     # The power of all tokens, not of the batch, so that every batch has the same unit.
-    scale = weight / max(layer.power * layer.trained, torch.finfo(torch.float32).tiny)
+    scale = 1 / max(layer.power * rows.numel(), torch.finfo(torch.float32).tiny)
     loss_of = functional.reconstruction_loss if _library.available() else reference.reconstruction_loss
-    loss = loss_of(x, target, scale=scale, **cast_arguments(mlp, dtype))
-    if not bool(loss.isfinite()):
-        raise NumericalError(
-            f"{layer.name}: the loss became {float(loss)}; lower learning_rate, or check the weights and the "
-            "calibration data"
-        )
-    loss.backward()
+    return loss_of(
+        layer.inputs[rows].to(device, dtype),
+        layer.targets[rows].to(device, dtype),
+        scale=scale,
+        token_weight=layer.weights[rows].to(device),
+        **cast_arguments(mlp, dtype),
+    )
 
 
 def _optimizer(mlps: list[SharedMLP], recipe: Recipe):
