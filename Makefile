@@ -51,13 +51,13 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp' \
-	  | xargs $(BIN)/clang-format --dry-run --Werror
+	  | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp' \
-	  | xargs $(BIN)/clang-format -i
+	  | xargs -r $(BIN)/clang-format -i
 
 cpp-test: $(VENV)/.installed
 	ctest --test-dir $(BUILD) --output-on-failure -j 2

@@ -64,17 +64,33 @@ inline void check_view(const BlockSparseView& v, const char* name) {
                  " is ", ptr[i + 1], " after ", ptr[i]);
     }
   };
-  auto check_entries = [&](const int32_t* index, int64_t limit, const char* which) {
-    for (int64_t i = 0; i < v.num_blocks; ++i) {
-      FIPS_CHECK(index[i] >= 0 && index[i] < limit, name, ": ", which, "[", i, "] is ", index[i],
-                 "; it must lie in [0, ", limit, ")");
-    }
-  };
   check_pointers(v.col_ptr, nbn, "col_ptr");
   check_pointers(v.row_ptr, nbk, "row_ptr");
-  check_entries(v.row_idx, nbk, "row_idx");
-  check_entries(v.col_idx, nbn, "col_idx");
-  check_entries(v.block_id, v.num_blocks, "block_id");
+  auto check_entry = [&](int64_t value, int64_t limit, const char* which, int64_t i) {
+    FIPS_CHECK(value >= 0 && value < limit, name, ": ", which, "[", i, "] is ", value,
+               "; it must lie in [0, ", limit, ")");
+  };
+  for (int64_t column = 0; column < nbn; ++column) {
+    for (int64_t b = v.col_ptr[column]; b < v.col_ptr[column + 1]; ++b) {
+      check_entry(v.row_idx[b], nbk, "row_idx", b);
+      FIPS_CHECK(b == v.col_ptr[column] || v.row_idx[b - 1] < v.row_idx[b], name,
+                 ": row_idx must increase strictly inside a block column, but does not at entry ",
+                 b);
+    }
+  }
+  // Strictly increasing columns that each name a stored block of their own row: a permutation.
+  for (int64_t row = 0; row < nbk; ++row) {
+    for (int64_t i = v.row_ptr[row]; i < v.row_ptr[row + 1]; ++i) {
+      check_entry(v.col_idx[i], nbn, "col_idx", i);
+      check_entry(v.block_id[i], v.num_blocks, "block_id", i);
+      const int32_t column = v.col_idx[i], b = v.block_id[i];
+      FIPS_CHECK((i == v.row_ptr[row] || v.col_idx[i - 1] < column) && v.row_idx[b] == row &&
+                     b >= v.col_ptr[column] && b < v.col_ptr[column + 1],
+                 name, ": entry ", i,
+                 " of the transposed index (row_ptr, col_idx, block_id) does not ",
+                 "match col_ptr and row_idx; rebuild the slice with BlockSparse.from_index");
+    }
+  }
   if (!v.is_bitmap()) {
     FIPS_CHECK(v.num_values == v.num_blocks * v.slots(), name, ": values hold ", v.num_values,
                " numbers; ", v.num_blocks, " stored blocks of ", v.bk, "x", v.bn, " need ",

@@ -118,10 +118,12 @@ void derive_index(PackedSlice& s) {
   FIPS_CHECK(static_cast<int64_t>(s.col_ptr.size()) == nbn + 1 && s.col_ptr[0] == 0 &&
                  s.col_ptr[static_cast<size_t>(nbn)] == blocks,
              "col_ptr: must hold ", nbn + 1, " entries from 0 to ", blocks);
-  s.row_ptr.assign(static_cast<size_t>(nbk) + 1, 0);
-  for (int64_t column = 0; column < nbn; ++column) {
+  for (int64_t column = 0; column < nbn; ++column) {  // all of it before row_idx is read through it
     FIPS_CHECK(s.col_ptr[column] <= s.col_ptr[column + 1], "col_ptr: decreases at entry ",
                column + 1);
+  }
+  s.row_ptr.assign(static_cast<size_t>(nbk) + 1, 0);
+  for (int64_t column = 0; column < nbn; ++column) {
     for (int64_t b = s.col_ptr[column]; b < s.col_ptr[column + 1]; ++b) {
       FIPS_CHECK(s.row_idx[b] >= 0 && s.row_idx[b] < nbk, "row_idx: entry ", b, " is ",
                  s.row_idx[b], "; it must lie in [0, ", nbk, ")");

@@ -1,6 +1,5 @@
 // Which way a product with a slice runs on the CPU: a pure function of the call, so that it can be
-// tested and read. Thresholds come from benchmarks/bench_block_sparse_mm.py on AVX-512 and are
-// deliberately few.
+// tested and read. Thresholds are deliberately few.
 #pragma once
 
 #include <cstdint>

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
+
 #include "core/pack.h"
 #include "kernels/cpu/dispatch.h"
 
@@ -13,6 +15,21 @@ namespace {
 
 using ByteMatrix = py::array_t<bool, py::array::c_style | py::array::forcecast>;
 
+// Elements are moved as raw bytes, so anything but plain numbers (objects!) is refused.
+void check_elements(const py::array& values, const char* name) {
+  const char kind = values.dtype().kind();
+  const py::ssize_t size = values.itemsize();
+  FIPS_CHECK((kind == 'f' || kind == 'i' || kind == 'u') && (size == 2 || size == 4 || size == 8),
+             name, ": expected floats or integers of 2, 4 or 8 bytes, got kind '", kind, "' of ",
+             size, " bytes (view bfloat16 as uint16)");
+}
+
+bool is_bitmap(const std::string& encoding) {
+  FIPS_CHECK(encoding == "block" || encoding == "bitmap", "encoding: got '", encoding,
+             "'; allowed are 'block' and 'bitmap'");
+  return encoding == "bitmap";
+}
+
 template <class T>
 py::array_t<T> to_array(const std::vector<T>& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
@@ -20,15 +37,15 @@ py::array_t<T> to_array(const std::vector<T>& values) {
 
 py::dict pack(const py::array& dense, const ByteMatrix& keep, std::pair<int32_t, int32_t> block,
               const std::string& encoding) {
-  FIPS_CHECK(encoding == "block" || encoding == "bitmap", "encoding: got '", encoding,
-             "'; allowed are 'block' and 'bitmap'");
+  const bool bitmap = is_bitmap(encoding);
+  check_elements(dense, "dense");
   FIPS_CHECK(dense.ndim() == 2, "dense: expected a matrix, got ", dense.ndim(), " dimensions");
   FIPS_CHECK(keep.ndim() == 2 && keep.shape(0) == dense.shape(0) && keep.shape(1) == dense.shape(1),
              "keep: must have the shape of dense");
   const py::array rows = py::array::ensure(dense, py::array::c_style);
   const fips::PackedSlice slice = fips::pack(
       rows.data(), reinterpret_cast<const uint8_t*>(keep.data()), dense.shape(0), dense.shape(1),
-      block.first, block.second, static_cast<int32_t>(dense.itemsize()), encoding == "bitmap");
+      block.first, block.second, static_cast<int32_t>(dense.itemsize()), bitmap);
   const std::vector<py::ssize_t> count = {static_cast<py::ssize_t>(slice.num_values())};
   py::array values(dense.dtype(), count);
   std::memcpy(values.mutable_data(), slice.values.data(), slice.values.size());
@@ -50,14 +67,23 @@ py::dict pack(const py::array& dense, const ByteMatrix& keep, std::pair<int32_t,
 }
 
 template <class T>
-std::vector<T> to_vector(const py::object& source) {
-  const auto array = py::array_t < T, py::array::c_style | py::array::forcecast > ::ensure(source);
-  FIPS_CHECK(static_cast<bool>(array), "slice: an index or mask entry is not an array of integers");
-  return std::vector<T>(array.data(), array.data() + array.size());
+std::vector<T> to_vector(const py::dict& packed, const char* name) {
+  const auto array = py::array_t<int64_t, py::array::c_style>::ensure(packed[name]);
+  FIPS_CHECK(static_cast<bool>(array), name, ": expected an array of integers");
+  std::vector<T> values;
+  for (py::ssize_t i = 0; i < array.size(); ++i) {
+    const int64_t value = array.data()[i];
+    FIPS_CHECK(value >= std::numeric_limits<T>::min() && value <= std::numeric_limits<T>::max(),
+               name, ": entry ", i, " is ", value, ", out of range");
+    values.push_back(static_cast<T>(value));
+  }
+  return values;
 }
 
 py::array unpack(const py::dict& packed) {
   const py::array values = py::array::ensure(packed["values"], py::array::c_style);
+  FIPS_CHECK(static_cast<bool>(values), "values: expected an array of numbers");
+  check_elements(values, "values");
   const auto block = packed["block"].cast<std::pair<int32_t, int32_t>>();
   fips::PackedSlice slice;
   slice.rows = packed["rows"].cast<int64_t>();
@@ -65,11 +91,11 @@ py::array unpack(const py::dict& packed) {
   slice.bk = block.first;
   slice.bn = block.second;
   slice.element_size = static_cast<int32_t>(values.itemsize());
-  slice.bitmap = packed["encoding"].cast<std::string>() == "bitmap";
-  slice.col_ptr = to_vector<int32_t>(packed["col_ptr"]);
-  slice.row_idx = to_vector<int32_t>(packed["row_idx"]);
+  slice.bitmap = is_bitmap(packed["encoding"].cast<std::string>());
+  slice.col_ptr = to_vector<int32_t>(packed, "col_ptr");
+  slice.row_idx = to_vector<int32_t>(packed, "row_idx");
   if (slice.bitmap) {
-    slice.mask = to_vector<uint8_t>(packed["mask"]);
+    slice.mask = to_vector<uint8_t>(packed, "mask");
   }
   const auto* bytes = static_cast<const uint8_t*>(values.data());
   slice.values.assign(bytes, bytes + values.nbytes());

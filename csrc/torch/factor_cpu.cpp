@@ -21,7 +21,7 @@ Tensor Factor::mm(const Tensor& x, bool transpose, const std::optional<Tensor>& 
   p.tokens = x.size(0);
   if (choose_mm_path(mm_shape(p.v, p.tokens)) == MmPath::kDensified) {
     const Tensor weight = transpose ? transposed(dense_transposed()) : dense_transposed();
-    return call_aten("aten::linear", "", x, weight, bias)[0];
+    return expect_contiguous(call_aten("aten::linear", "", x, weight, bias)[0], x.scalar_type());
   }
   Tensor out = make_empty(x, {p.tokens, p.out_features()});
   const TensorList dense_bias =
@@ -39,12 +39,11 @@ Tensor Factor::mm(const Tensor& x, bool transpose, const std::optional<Tensor>& 
 void Factor::add_sddmm(const Tensor& a, const Tensor& b, const Tensor& sums) const {
   const int64_t tokens = a.size(0);
   if (choose_mm_path(mm_shape(view(), tokens)) == MmPath::kDensified) {
-    const Tensor dense =
-        torch::stable::contiguous(torch::stable::matmul(transposed(b), a));  // [n, r]
+    const Tensor dense = token_sum(b, a);  // [n, r]
     GatherParams p;
     p.v = view();
     p.dense = dense.const_data_ptr();
-    p.dense_dtype = view().dtype;
+    p.dense_dtype = dtype_of(dense, "product");
     p.out = sums.mutable_data_ptr();
     p.accumulate = true;
     cpu::gather_stored(p, kTorchThreads);

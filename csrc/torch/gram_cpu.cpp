@@ -23,7 +23,7 @@ void gram_update(Tensor gram, const Tensor& x) {
     Tensor all = tokens;
     const Tensor rows = torch::stable::to(
         torch::stable::narrow(all, 0, first, min_of(kChunkTokens, tokens.size(0) - first)), type);
-    const Tensor moment = torch::stable::contiguous(torch::stable::matmul(transposed(rows), rows));
+    const Tensor moment = expect_contiguous(torch::stable::matmul(transposed(rows), rows), type);
     cpu::add_into(gram.mutable_data_ptr(), moment.const_data_ptr(), dtype, moment.numel(),
                   kTorchThreads);
   }
@@ -48,7 +48,8 @@ std::tuple<Tensor, Tensor> batched_gram_eigh(const Tensor& w, double damping) {
   FIPS_CHECK(damping >= 0, "damping: got ", damping, "; expected a number of at least 0");
   const bool is_double = dtype_of(w, "w") == DType::kFloat64;
   const Tensor wide = torch::stable::to(w, is_double ? ScalarType::Double : ScalarType::Float);
-  const Tensor gram = torch::stable::contiguous(torch::stable::matmul(wide, transposed(wide)));
+  const Tensor gram =
+      expect_contiguous(torch::stable::matmul(wide, transposed(wide)), wide.scalar_type());
   if (damping > 0 && gram.numel() > 0) {
     is_double
         ? add_damping(static_cast<double*>(gram.mutable_data_ptr()), w.size(0), w.size(1), damping)

@@ -22,13 +22,13 @@ int64_t slice_rows(const Tensor& base, bool identity) {
   return base.size(1) + (identity ? base.size(0) : 0);
 }
 
-void add_product(const Tensor& sums, const Tensor& a, const Tensor& b, DType dtype) {
+void add_product(const Tensor& sums, const Tensor& a, const Tensor& b) {
   if (sums.numel() == 0) {
     return;
   }
-  const Tensor product = torch::stable::contiguous(torch::stable::matmul(transposed(a), b));
-  cpu::add_into(sums.mutable_data_ptr(), product.const_data_ptr(), dtype, product.numel(),
-                kTorchThreads);
+  const Tensor product = token_sum(a, b);
+  cpu::add_into(sums.mutable_data_ptr(), product.const_data_ptr(), dtype_of(product, "product"),
+                product.numel(), kTorchThreads);
 }
 
 void add_columns(const OptionalTensor& sums, const Tensor& matrix, DType dtype) {
@@ -160,7 +160,7 @@ OptionalTensor Mlp::backward(const Tensor& grad_y, const Tensor& x, const MlpGra
   if (rank_out > 0) {
     const Tensor w = down_.mm(h, true);
     add_product(sums.base_out.has_value() ? *sums.base_out : *sums.base, grad_y,
-                columns(w, 0, rank_out), dtype());
+                columns(w, 0, rank_out));
   }
 
   up_.add_sddmm(hidden.z, hidden.up, *sums.up);
@@ -172,7 +172,7 @@ OptionalTensor Mlp::backward(const Tensor& grad_y, const Tensor& x, const MlpGra
     dz = torch::stable::subtract(dz, gate_->mm(*hidden.gate, true), -1.0);
   }
   const Tensor dz_base = columns(dz, 0, rank);
-  add_product(*sums.base, x, dz_base, dtype());
+  add_product(*sums.base, x, dz_base);
   if (!need_dx) {
     return std::nullopt;
   }
@@ -301,7 +301,7 @@ NineTensors reconstruction_loss(const Tensor& x, const Tensor& target,
   double loss = 0;
   for_each_chunk(tokens.size(0), mlp.chunk_tokens(), [&](int64_t first, int64_t count) {
     const Tensor rows = token_rows(tokens, first, count);
-    const Tensor residual = torch::stable::contiguous(mlp.forward(rows));
+    const Tensor residual = expect_contiguous(mlp.forward(rows), x.scalar_type());
     const float* row_weight =
         weight.empty() ? nullptr : static_cast<const float*>(weight[0].const_data_ptr()) + first;
     loss += cpu::weighted_residual(residual.mutable_data_ptr(),

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> batched_rsvd(const Tensor& w, int64_t rank, i
   const Tensor a = torch::stable::contiguous(
       torch::stable::to(w, is_double ? ScalarType::Double : ScalarType::Float));
   const Tensor at = transposed(a);
-  const int64_t samples = min_of(full, rank + oversample);
+  const int64_t samples = rank + min_of(full - rank, oversample);
 
   Tensor q = orthonormal(
       torch::stable::matmul(a, gaussian(a, batch, n, samples, static_cast<uint64_t>(seed))));

@@ -221,6 +221,24 @@ std::array<Tensor, kOutputs> call_aten(const char* name, const char* overload,
   return results;
 }
 
+// A result of an inner ATen call that is about to be read through its pointer.
+inline Tensor expect_contiguous(const Tensor& t, ScalarType dtype) {
+  FIPS_CHECK(t.scalar_type() == dtype, "internal: an ATen product returned ",
+             torch::headeronly::toString(t.scalar_type()), " instead of ",
+             torch::headeronly::toString(dtype), "; please report this");
+  return torch::stable::contiguous(t);
+}
+
+// a^T b for a gradient sum. float16 is multiplied in float32: a sum over thousands of tokens can
+// leave its range. bfloat16 cannot overflow, and its product is rounded once per chunk of tokens.
+inline Tensor token_sum(const Tensor& a, const Tensor& b) {
+  const ScalarType type = a.scalar_type() == ScalarType::Half ? ScalarType::Float : a.scalar_type();
+  return expect_contiguous(
+      torch::stable::matmul(torch::stable::transpose(torch::stable::to(a, type), -2, -1),
+                            torch::stable::to(b, type)),
+      type);
+}
+
 inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, -2, -1); }
 inline Tensor columns(const Tensor& t, int64_t first, int64_t count) {
   Tensor base = t;

@@ -14,7 +14,7 @@ def _slice_grad(values_grad: Tensor | None, v) -> list[Tensor | None] | None:
 
 
 def _reduce_to(grad: Tensor, features: int) -> Tensor:
-    return grad.reshape(-1, features).sum(0)
+    return grad.reshape(grad.shape[:-1].numel(), features).sum(0)
 
 
 # -- block_sparse_mm: linear in x, in the values and in the bias ------------------------------------------
@@ -45,17 +45,17 @@ def _mm_backward(ctx, grad):
 
 def _sddmm_setup(ctx, inputs, output):
     a, b, v, ctx.rows, ctx.cols = inputs
-    ctx.save_for_backward(a, b, *v)
+    ctx.save_for_backward(a, b, *v[1:])  # the values are not read
 
 
 def _sddmm_backward(ctx, grad):
-    a, b, *v = ctx.saved_tensors
+    a, b, *index = ctx.saved_tensors
     needs_a, needs_b, *_ = ctx.needs_input_grad
-    weighted = [grad.contiguous(), *v[1:]]
+    weighted = [grad.contiguous(), *index]
     shape = (ctx.rows, ctx.cols)
     grad_a = ops.block_sparse_mm(b, weighted, *shape, True, None) if needs_a else None
     grad_b = ops.block_sparse_mm(a, weighted, *shape, False, None) if needs_b else None
-    return grad_a, grad_b, _slice_grad(None, v), None, None
+    return grad_a, grad_b, [None] * len(weighted), None, None
 
 
 # -- shared_mlp: saves its inputs only; the backward op recomputes z and h ---------------------------------
@@ -131,6 +131,16 @@ def _loss_setup(ctx, inputs, output):
 
 
 def _loss_backward(ctx, grad_loss, *_unused):
+    if any(ctx.needs_input_grad[:3]):
+        raise RuntimeError(
+            "fips::reconstruction_loss gives no gradient of x, target or token_weight: detach them, or compute "
+            "the loss from fips::shared_mlp"
+        )
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        raise RuntimeError(
+            "fips::reconstruction_loss can be differentiated once only, its gradients are made in the forward "
+            "pass; for second derivatives use fips_ext.reference"
+        )
     ordered = []
     for length, absent, grad in zip(ctx.lengths, ctx.absent, ctx.saved_tensors, strict=True):
         if absent or grad_loss is None:
@@ -154,8 +164,23 @@ def _no_gradient(name: str):
     return backward
 
 
+# -- gram_update: changes its first argument, so autograd must see a new version of it ----------------------
+
+
+def _gram_update_in_place(keyset, gram, x):
+    torch.autograd.graph.increment_version(gram)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return ops.gram_update.default.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, gram, x)
+
+
+_library: torch.library.Library | None = None
+
+
 def register() -> None:
     """Register the formulas on ``torch.ops.fips``."""
+    global _library
+    _library = torch.library.Library("fips", "IMPL")
+    _library.impl("gram_update", _gram_update_in_place, "ADInplaceOrView", with_keyset=True)
     for name, backward, setup in (
         ("block_sparse_mm", _mm_backward, _mm_setup),
         ("block_sparse_sddmm", _sddmm_backward, _sddmm_setup),

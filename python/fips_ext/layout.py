@@ -148,7 +148,7 @@ class BlockSparse:
         mask: Tensor | None = None,
     ) -> BlockSparse:
         """Complete a slice from what a checkpoint stores; validates every index."""
-        nbk, nbn = grid_shape(rows, cols, block)
+        nbk, nbn = grid_shape(rows, cols, check_block(block))
         _check_index(col_ptr, row_idx, nbk, nbn)
         row_ptr, col_idx, block_id = transpose_index(col_ptr, row_idx, nbk)
         nnzb = row_idx.numel()
@@ -165,6 +165,7 @@ class BlockSparse:
             expected = (int(block_ptr[-1]),)
         if tuple(values.shape) != expected:
             raise InvalidArgument(f"values: expected shape {expected}, got {tuple(values.shape)}")
+        _check_padding(rows, cols, block, col_ptr, row_idx, values if mask is None else unpack_bits(mask))
         return cls(rows, cols, block, values, col_ptr, row_idx, row_ptr, col_idx, block_id, mask, block_ptr)
 
     def with_values(self, values: Tensor) -> BlockSparse:
@@ -250,6 +251,20 @@ def block_ptr_of(mask: Tensor) -> Tensor:
     block_ptr = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
     block_ptr[1:] = counts.cumsum(0)
     return block_ptr
+
+
+def _check_padding(
+    rows: int, cols: int, block: tuple[int, int], col_ptr: Tensor, row_idx: Tensor, slots: Tensor
+) -> None:
+    """Slots past a ragged edge must be zero (not stored, in a bitmap): kernels multiply them."""
+    bk, bn = block
+    nbk, nbn = grid_shape(rows, cols, block)
+    last_row = slots[row_idx == nbk - 1][:, :, bk - (nbk * bk - rows) :] if rows % bk else slots[:0]
+    last_col = slots[int(col_ptr[-2]) :][:, bn - (nbn * bn - cols) :] if cols % bn else slots[:0]
+    if bool((last_row != 0).any()) or bool((last_col != 0).any()):
+        raise InvalidArgument(
+            f"values: slots in the padding of a {rows} × {cols} slice in {bk}×{bn} blocks must be zero"
+        )
 
 
 def _check_index(col_ptr: Tensor, row_idx: Tensor, nbk: int, nbn: int) -> None:

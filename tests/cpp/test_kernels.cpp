@@ -190,6 +190,13 @@ TEST_P(Kernels, ActivationsSurviveExtremes) {
       EXPECT_TRUE(std::isfinite(y)) << "activation " << kind;
     }
     EXPECT_NEAR(x[3], 0.0f, 0.0f);
+    std::vector<float> nan(20, NAN);
+    p.count = 20;
+    p.up = p.h = nan.data();
+    cpu::activation_forward(p, kSerial);
+    for (float y : nan) {
+      EXPECT_TRUE(std::isnan(y)) << "activation " << kind;
+    }
   }
 }
 

@@ -55,6 +55,12 @@ TEST(Pack, RefusesBlocksThatAreNotAllowed) {
   EXPECT_THROW(pack(dense, 16, 256, false), Error);
 }
 
+TEST(Pack, RefusesFallingPointersBeforeReadingThroughThem) {
+  PackedSlice slice = pack(random_dense(32, 32, 1.0, 7), 16, 16, false);
+  slice.col_ptr = {0, 400, 4};
+  EXPECT_THROW(derive_index(slice), Error);
+}
+
 class CheckView : public ::testing::Test {
  protected:
   PackedSlice slice = pack(random_dense(70, 90, 0.3, 6), 16, 32, true);
@@ -71,6 +77,14 @@ TEST_F(CheckView, RefusesANegativeColumn) {
 }
 TEST_F(CheckView, RefusesABlockThatIsNotStored) {
   slice.block_id.front() = static_cast<int32_t>(slice.num_blocks());
+  expect_refused();
+}
+TEST_F(CheckView, RefusesATransposedIndexOfOtherBlocks) {
+  std::swap(slice.block_id.front(), slice.block_id.back());
+  expect_refused();
+}
+TEST_F(CheckView, RefusesARepeatedRow) {
+  slice.row_idx[1] = slice.row_idx[0];
   expect_refused();
 }
 TEST_F(CheckView, RefusesFallingPointers) {

@@ -42,6 +42,22 @@ def test_pointers_must_rise_from_zero_to_the_block_count(which, name):
             run(tensors)
 
 
+def test_index_and_its_transpose_must_agree():
+    for which in (4, 5):  # col_idx, block_id: in range, but of another block
+        tensors = slice_tensors()
+        tensors[which] = tensors[which].flip(0)
+        with pytest.raises(ValueError, match="of the transposed index .* does not match"):
+            run(tensors)
+    tensors = slice_tensors()
+    tensors[5].fill_(0)
+    with pytest.raises(ValueError, match="does not match col_ptr and row_idx"):
+        run(tensors)
+    tensors = slice_tensors()
+    tensors[2].fill_(0)
+    with pytest.raises(ValueError, match="row_idx must increase strictly|does not match"):
+        run(tensors)
+
+
 def test_mask_must_agree_with_the_value_offsets():
     tensors = slice_tensors("bitmap")
     tensors[6].fill_(255)
@@ -147,3 +163,8 @@ def test_layout_construction():
         BlockSparse.from_index(20, 30, (16, 16), v.values, v.col_ptr, v.row_idx + 1, v.mask)
     with pytest.raises(ValueError, match="values: expected shape"):
         BlockSparse.from_index(20, 30, (16, 16), v.values[1:], v.col_ptr, v.row_idx, v.mask)
+    ragged = BlockSparse.from_dense(dense, (16, 16))
+    values = ragged.values.clone()
+    values[-1, -1, -1] = float("nan")
+    with pytest.raises(ValueError, match="slots in the padding .* must be zero"):
+        BlockSparse.from_index(20, 30, (16, 16), values, ragged.col_ptr, ragged.row_idx)

@@ -86,6 +86,15 @@ def test_nothing_stored(encoding):
     assert functional.block_sparse_sddmm(x, torch.randn(40, 30), v).numel() == 0
 
 
+def test_gradients_of_an_empty_output():
+    v = BlockSparse.from_dense(torch.zeros(20, 0), (16, 16))
+    x = torch.randn(3, 20, requires_grad=True)
+    bias = torch.zeros(0, requires_grad=True)
+    functional.block_sparse_mm(x, v, bias=bias).sum().backward()
+    assert bool((x.grad == 0).all())
+    assert bias.grad.shape == (0,)
+
+
 def test_threads_do_not_change_the_result():
     v = random_slice(300, 400, (32, 32), "block", torch.float32)
     x = torch.randn(200, 300)

@@ -115,6 +115,26 @@ def test_decompositions_refuse_to_be_differentiated():
         values.sum().backward()
 
 
+def test_autocast_does_not_lower_decompositions():
+    w = torch.randn(2, 30, 40)
+    outside, gram = ops.batched_gram_eigh(w, 0.1), torch.zeros(40, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = ops.batched_gram_eigh(w, 0.1)
+        svd = ops.batched_rsvd(w, 5)
+        ops.gram_update(gram, w)
+    assert torch.equal(inside[0], outside[0])
+    assert all(t.dtype == torch.float32 for t in svd)
+    flat = w.reshape(-1, 40)
+    assert relative_error(gram, flat.t() @ flat) < 1e-6
+
+
+def test_gram_update_is_seen_by_autograd():
+    gram = torch.zeros(4, 4)
+    before = gram._version
+    ops.gram_update(gram, torch.randn(3, 4))
+    assert gram._version > before
+
+
 def test_build_info():
     info = json.loads(ops.build_info())
     assert info["version"] == __version__

@@ -63,13 +63,19 @@ def test_host_refuses_inconsistent_slices():
         ({"mask": good["mask"][:-1]}, "mask: must hold"),
         ({"values": good["values"][:-1]}, "values: the mask keeps"),
         ({"block": (7, 16)}, "block: got 7x16"),
+        ({"col_ptr": np.array([0, 40, 41, 42], dtype=np.int32)}, "col_ptr: must hold"),
+        ({"row_idx": good["row_idx"].astype(np.int64) + 2**32}, "row_idx: entry 0 .* out of range"),
+        ({"encoding": "bitmpa"}, "encoding: got 'bitmpa'"),
+        ({"values": np.array([None])}, "values: expected floats or integers"),
+        ({"values": np.zeros(3, dtype="V0")}, "values: expected floats or integers"),
     ):
         with pytest.raises(ValueError, match=message):
             _host.unpack({**good, **change})
     with pytest.raises(ValueError, match="encoding: got 'csr'"):
         _host.pack(dense, dense != 0, (16, 16), "csr")
-    with pytest.raises(ValueError, match="element_size: got 1"):
-        _host.pack(dense.astype(np.int8), dense != 0, (16, 16), "block")
+    for bad in (dense.astype(np.int8), dense.astype(object), dense.astype(np.complex64)):
+        with pytest.raises(ValueError, match="dense: expected floats or integers of 2, 4 or 8 bytes"):
+            _host.pack(bad, dense != 0, (16, 16), "block")
 
 
 def test_bits_round_trip():

@@ -148,17 +148,68 @@ def test_reconstruction_loss_gradients(gated, bias, identity, per_role, weighted
         assert relative_error(actual, expected) < 1e-12
 
 
-def test_reconstruction_loss_in_float16_does_not_underflow():
-    mlp = random_mlp(False, False, False, False, "block", torch.float16)
+@pytest.mark.parametrize(("scale", "mean"), [(1e-7, 0.0), (1e-7, 4.0)], ids=["tiny", "large"])
+def test_reconstruction_loss_in_float16_stays_in_range(scale, mean):
+    """Gradients near 1e-7 (below the normal range), and sums over tokens beyond 65504 before they are scaled."""
+    mlp = random_mlp(False, False, False, False, "block", torch.float16, activation="relu")
+    x, target = (torch.randn(2048, 24) + mean).half(), torch.randn(2048, 24).half()
+    gradients = []
+    for call, arguments, cast in (
+        (functional.reconstruction_loss, mlp, torch.float16),
+        (reference.reconstruction_loss, in_double(mlp), torch.float64),
+    ):
+        inputs = {name: t.clone().requires_grad_() for name, t in leaves(arguments).items()}
+        loss = call(x.to(cast), target.to(cast), scale, **with_leaves(arguments, inputs))
+        gradients.append(torch.autograd.grad(loss * 10, list(inputs.values())))
+    assert loss.dtype in (torch.float32, torch.float64)
+    for actual, expected in zip(*gradients, strict=True):
+        assert relative_error(actual, expected) < 1e-2
+
+
+def test_reconstruction_loss_refuses_what_it_cannot_differentiate():
+    mlp = random_mlp(True, False, False, False, "block")
     values = mlp["up"].values.clone().requires_grad_()
-    x, target = torch.randn(64, 24).half(), torch.randn(64, 24).half()
-    scale = 1e-7  # gradients near 1e-7: below float16's normal range until the loss scale is applied
-    loss = functional.reconstruction_loss(x, target, scale, **{**mlp, "up": mlp["up"].with_values(values)})
-    (grad,) = torch.autograd.grad(loss * 1e5, values)
-    assert loss.dtype == torch.float32
-    expected = reference.reconstruction_loss(x.double(), target.double(), scale, **in_double(mlp))
-    torch.testing.assert_close(loss.double(), expected, rtol=2e-3, atol=0)
-    assert grad.abs().max() > 0
+    arguments = {**mlp, "up": mlp["up"].with_values(values)}
+    x = torch.randn(4, 24, dtype=torch.float64)
+    loss = functional.reconstruction_loss(x, x, 1.0, **arguments)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(loss, values, create_graph=True)
+    loss = functional.reconstruction_loss(x.requires_grad_(), x.detach(), 1.0, **arguments)
+    with pytest.raises(RuntimeError, match="no gradient of x, target or token_weight"):
+        loss.backward()
+
+
+def test_chunks_do_not_change_gradients():
+    mlp = random_mlp(True, True, False, True, "bitmap", hidden=4096)
+    x, target = torch.randn(2500, 24, dtype=torch.float64), torch.randn(2500, 24, dtype=torch.float64)
+    weight = torch.rand(2500)
+    gradients = []
+    for call in (functional.reconstruction_loss, reference.reconstruction_loss):
+        inputs = {name: t.clone().requires_grad_() for name, t in leaves(mlp).items()}
+        loss = call(x, target, 1e-3, token_weight=weight, **with_leaves(mlp, inputs))
+        gradients.append(torch.autograd.grad(loss, list(inputs.values())))
+    for actual, expected in zip(*gradients, strict=True):
+        assert relative_error(actual, expected) < 1e-11
+
+
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+def test_nan_reaches_the_output(activation):
+    mlp = random_mlp(False, False, True, False, "block", torch.float32, rank=0, activation=activation)
+    x = torch.randn(40, 24)
+    x[3] = float("nan")
+    y = functional.shared_mlp(x, **mlp)
+    assert bool(y[3].isnan().all())
+    assert bool(y[:3].isfinite().all())
+
+
+def test_backward_inside_autocast():
+    mlp = random_mlp(True, True, False, False, "bitmap", torch.float32)
+    inputs = {name: t.clone().requires_grad_() for name, t in leaves(mlp).items()}
+    y = functional.shared_mlp(torch.randn(40, 24), **with_leaves(mlp, inputs))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(y.sum(), list(inputs.values()), retain_graph=True)
+    for a, b in zip(inside, torch.autograd.grad(y.sum(), list(inputs.values())), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_autocast_runs_in_the_autocast_dtype():

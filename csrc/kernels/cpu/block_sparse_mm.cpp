@@ -8,6 +8,8 @@
 namespace fips::cpu {
 namespace {
 
+// Enough for every instruction set, so that the size does not depend on which one runs the kernel.
+constexpr int64_t kMaxTokenTile = 32;
 constexpr int64_t kPackedTokens = 4096;  // tokens packed at once: bounds the workspace
 
 int64_t padded_inputs(const BlockSparseMmParams& p) {
@@ -57,9 +59,9 @@ BlockSparseMmParams token_range(BlockSparseMmParams p, int64_t first, int64_t co
 }  // namespace
 
 int64_t block_sparse_mm_workspace(const BlockSparseMmParams& p) {
-  const int64_t tile = kernel_table().mm_token_tile(p.v.dtype);
-  const int64_t tokens =
-      p.tokens <= kStreamTokens ? p.tokens : round_up(min_of(p.tokens, kPackedTokens), tile);
+  const int64_t tokens = p.tokens <= kStreamTokens
+                             ? p.tokens
+                             : round_up(min_of(p.tokens, kPackedTokens), kMaxTokenTile);
   return max_of(64, tokens * padded_inputs(p) * accumulator_size(p.v.dtype));
 }
 

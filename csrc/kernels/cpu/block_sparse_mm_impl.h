@@ -25,6 +25,7 @@ constexpr int64_t kOutputs = 4, kVectors = 2;  // 8 accumulators of 16 registers
 #endif
 template <class A>
 constexpr int64_t kTokens = kVectors * kLanes<A>;
+static_assert(kTokens<float> <= 32, "kMaxTokenTile of block_sparse_mm.cpp sizes the workspace");
 
 constexpr int64_t kMaxTilesPerTask = 4;
 
