@@ -8,8 +8,8 @@ Text comes from the Wikipedia extract of the gensim package: one part calibrates
 import argparse
 
 import fips_ext
+from fips_ext import compress
 from fips_ext.checkpoint import from_pretrained, save_pretrained
-from fips_ext.compress import compress
 from fips_ext.evaluate import perplexity
 from fips_ext.integrations.text import calibration_windows, token_windows, wikipedia
 from fips_ext.models import load_model

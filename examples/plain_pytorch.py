@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fips_ext
+from fips_ext import compress
 from fips_ext.checkpoint import from_pretrained, info, save_pretrained
-from fips_ext.compress import compress
 
 WIDTH, HIDDEN, BLOCKS = 64, 256, 4
 

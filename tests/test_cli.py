@@ -74,9 +74,9 @@ class Report:
 @pytest.fixture
 def compressions(monkeypatch) -> Calls:
     calls = Calls()
-    module = ModuleType("fips_ext.compress")
+    module = ModuleType("fips_ext._compress")
     module.compress = calls.compress
-    monkeypatch.setitem(sys.modules, "fips_ext.compress", module)
+    monkeypatch.setitem(sys.modules, "fips_ext._compress", module)
     return calls
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fips_ext import Recipe
-from fips_ext.compress import compress, group_mlps
+from fips_ext import Recipe, compress
+from fips_ext._compress import group_mlps
 from fips_ext.errors import BudgetError, InvalidArgument, NumericalError, SurgeryError
 from fips_ext.nn.mlp import shared_mlps
 from fips_ext.report import Report

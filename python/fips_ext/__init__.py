@@ -15,7 +15,7 @@ from .recipe import Recipe
 
 if TYPE_CHECKING:
     from .checkpoint import from_pretrained, info, save_pretrained
-    from .compress import compress
+    from ._compress import compress
     from .report import Report
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ __all__ = [
 
 _LAZY = {
     "Report": "report",
-    "compress": "compress",
+    "compress": "_compress",
     "from_pretrained": "checkpoint",
     "info": "checkpoint",
     "save_pretrained": "checkpoint",
@@ -43,5 +43,5 @@ def __getattr__(name: str):
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    globals()[name] = value  # also replaces the submodule that importing `compress` bound to its name
+    globals()[name] = value
     return value

@@ -27,14 +27,14 @@ from ..tiny_models import share
 @pytest.fixture
 def tiny_demo(monkeypatch, tmp_path):
     """The demo with a tiny model, a short text and a compression that merely shares."""
-    module = ModuleType("fips_ext.compress")
+    module = ModuleType("fips_ext._compress")
 
     def compress(model, recipe, data, progress=None):
         share(model)
         return {"recipe": recipe.to_dict()}
 
     module.compress = compress
-    monkeypatch.setitem(sys.modules, "fips_ext.compress", module)
+    monkeypatch.setitem(sys.modules, "fips_ext._compress", module)
     text = save_text(tmp_path / "text.txt").read_text()
     monkeypatch.setattr(demo, "wikipedia", lambda: WikipediaText(text, text))
     monkeypatch.setattr(demo, "CONTEXT", 64)

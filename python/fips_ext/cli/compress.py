@@ -105,7 +105,7 @@ def compress(
     check_device(device)
     text = calibration_text(calib)
     from ..checkpoint import save_pretrained
-    from ..compress import compress as compress_model
+    from .._compress import compress as compress_model
 
     quiet_transformers()
     note(f"loading {model}")

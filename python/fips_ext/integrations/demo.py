@@ -84,7 +84,7 @@ def run_demo(out: Path, recipe: Recipe, *, note: Callable[[str], None], progress
         InvalidArgument: the packages with the weights or the text are missing.
         CheckpointError: the checkpoint cannot be written, or a fresh process cannot use it.
     """
-    from ..compress import compress
+    from .._compress import compress
 
     start = time.perf_counter()
     text = wikipedia()
