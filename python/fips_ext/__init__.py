@@ -14,8 +14,8 @@ from .layout import BlockSparse
 from .recipe import Recipe
 
 if TYPE_CHECKING:
-    from .checkpoint import from_pretrained, info, save_pretrained
     from ._compress import compress
+    from .checkpoint import from_pretrained, info, save_pretrained
     from .report import Report
 
 __version__ = "0.1.0"

@@ -133,13 +133,13 @@ def _loss_setup(ctx, inputs, output):
 def _loss_backward(ctx, grad_loss, *_unused):
     if any(ctx.needs_input_grad[:3]):
         raise RuntimeError(
-            "fips::reconstruction_loss gives no gradient of x, target or token_weight: detach them, or compute "
-            "the loss from fips::shared_mlp"
+            "fips::reconstruction_loss gives no gradient of x, target or token_weight: detach them, or "
+            "compute the loss from fips::shared_mlp"
         )
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
         raise RuntimeError(
-            "fips::reconstruction_loss can be differentiated once only, its gradients are made in the forward "
-            "pass; for second derivatives use fips_ext.reference"
+            "fips::reconstruction_loss can be differentiated once only, its gradients are made in the "
+            "forward pass; for second derivatives use fips_ext.reference"
         )
     ordered = []
     for length, absent, grad in zip(ctx.lengths, ctx.absent, ctx.saved_tensors, strict=True):

@@ -46,7 +46,7 @@ def test_index_and_its_transpose_must_agree():
     for which in (4, 5):  # col_idx, block_id: in range, but of another block
         tensors = slice_tensors()
         tensors[which] = tensors[which].flip(0)
-        with pytest.raises(ValueError, match="of the transposed index .* does not match"):
+        with pytest.raises(ValueError, match=r"of the transposed index .* does not match"):
             run(tensors)
     tensors = slice_tensors()
     tensors[5].fill_(0)
@@ -54,7 +54,7 @@ def test_index_and_its_transpose_must_agree():
         run(tensors)
     tensors = slice_tensors()
     tensors[2].fill_(0)
-    with pytest.raises(ValueError, match="row_idx must increase strictly|does not match"):
+    with pytest.raises(ValueError, match=r"row_idx must increase strictly|does not match"):
         run(tensors)
 
 
@@ -166,5 +166,5 @@ def test_layout_construction():
     ragged = BlockSparse.from_dense(dense, (16, 16))
     values = ragged.values.clone()
     values[-1, -1, -1] = float("nan")
-    with pytest.raises(ValueError, match="slots in the padding .* must be zero"):
+    with pytest.raises(ValueError, match=r"slots in the padding .* must be zero"):
         BlockSparse.from_index(20, 30, (16, 16), values, ragged.col_ptr, ragged.row_idx)

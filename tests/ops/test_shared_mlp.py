@@ -150,7 +150,7 @@ def test_reconstruction_loss_gradients(gated, bias, identity, per_role, weighted
 
 @pytest.mark.parametrize(("scale", "mean"), [(1e-7, 0.0), (1e-7, 4.0)], ids=["tiny", "large"])
 def test_reconstruction_loss_in_float16_stays_in_range(scale, mean):
-    """Gradients near 1e-7 (below the normal range), and sums over tokens beyond 65504 before they are scaled."""
+    """Gradients near 1e-7, below the normal range, and sums beyond 65504 before they are scaled."""
     mlp = random_mlp(False, False, False, False, "block", torch.float16, activation="relu")
     x, target = (torch.randn(2048, 24) + mean).half(), torch.randn(2048, 24).half()
     gradients = []

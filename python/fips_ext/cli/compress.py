@@ -104,8 +104,8 @@ def compress(
     check_output(out, overwrite)
     check_device(device)
     text = calibration_text(calib)
-    from ..checkpoint import save_pretrained
     from .._compress import compress as compress_model
+    from ..checkpoint import save_pretrained
 
     quiet_transformers()
     note(f"loading {model}")
