@@ -68,7 +68,7 @@ class Recipe:
 
     ratio: float
     pattern: str = "bitmap"
-    group_size: int = 4
+    group_size: int = 5
     rank: int | None = None
     base: Literal["shared", "identity", "both"] = "shared"
     per_role: bool = True
@@ -77,7 +77,7 @@ class Recipe:
     steps: int = 100
     tokens_per_step: int = 1024
     learning_rate: float = 0.01
-    calibration_tokens: int = 24576
+    calibration_tokens: int = 32768
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 class SliceProblem:
     """One matrix ``W`` to be written as ``U · V``, and how much each part of the error matters.
 
-    The error is ``‖S (W − U V) diag(c)‖²`` with ``SᵀS`` the metric. When ``c`` comes from
-    :func:`fips_ext.train.teacher.observe` it is, to first order, the relative error of the MLP's output, so
-    that the errors of all slices of all layers are in one unit and may be ranked together.
+    The error is ``‖S (W − U V) diag(c)‖²`` with ``SᵀS`` the metric. :mod:`fips_ext.train.teacher` scales
+    ``c`` so that it is relative to the outputs of the matrix itself: the errors of all slices are then in one
+    unit and may be ranked together.
 
     Attributes:
         weight: ``W [d, n]``, float32: transposed ``nn.Linear.weight`` of up and gate, that of down as it is.

@@ -49,10 +49,9 @@ def check_weights(mlp: DenseMLP) -> None:
 def observe(mlp: DenseMLP, inputs: Tensor, compute_dtype: torch.dtype, held_out: int = 0) -> Observation:
     """Run the dense MLP over its calibration inputs.
 
-    To first order, an error ``δ`` in column ``j`` of the weight of up moves the output by ``(x δ) g_j`` times
-    row ``j`` of down, with ``g_j`` the derivative of the hidden value by that pre-activation. So the error of
-    up and gate counts with ``c_j² = E[g_j²] ‖down_j‖² / E‖y‖²`` in the metric ``E[x xᵀ]``, that of down with
-    ``c_j² = E[h_j²] / E‖y‖²``. All means are over the training rows, by :func:`token_weights`.
+    The error of up and gate counts in the metric ``E[x xᵀ]``, that of column ``j`` of down with ``E[h_j²]``,
+    each relative to the energy of the outputs of its matrix. Means are over the training rows, by
+    :func:`token_weights`.
 
     Args:
         inputs: ``[tokens, d]`` on the host.
@@ -67,7 +66,7 @@ def observe(mlp: DenseMLP, inputs: Tensor, compute_dtype: torch.dtype, held_out:
     device, width, hidden = mlp.up.weight.device, mlp.width, mlp.hidden
     low = {role: weight.to(compute_dtype) for role, weight in weights.items()}
     metric = torch.zeros(width, width, dtype=torch.float64, device=device)
-    moments = {role: torch.zeros(hidden, dtype=torch.float64, device=device) for role in weights}
+    moment = torch.zeros(hidden, dtype=torch.float64, device=device)  # E[h_j²]
     targets, token_weight = torch.empty_like(inputs), torch.empty(inputs.shape[0])
     counted = inputs.shape[0] - held_out
     power = 0.0
@@ -82,7 +81,8 @@ def observe(mlp: DenseMLP, inputs: Tensor, compute_dtype: torch.dtype, held_out:
         rows = slice(start, start + _CHUNK)
         x = inputs[rows].to(device)
         pre = {role: linear(role, x) for role in weights if role != "down"}
-        h, gains = _hidden(pre, mlp.activation)
+        act = ACTIVATIONS[mlp.activation]
+        h = act(pre["gate"]) * pre["up"] if "gate" in pre else act(pre["up"])
         y = linear("down", h)
         powers = y.square().sum(1)
         if limit is None:
@@ -95,8 +95,7 @@ def observe(mlp: DenseMLP, inputs: Tensor, compute_dtype: torch.dtype, held_out:
         power += float((w * powers).double().sum())
         weighted = x.float() * w.sqrt().unsqueeze(1)
         metric += (weighted.t() @ weighted).double()
-        for role, value in (*gains.items(), ("down", h)):
-            moments[role] += (w @ value.square()).double()
+        moment += (w @ h.square()).double()
 
     tokens = max(1, counted)
     if not (finite and bool(metric.isfinite().all())):
@@ -105,15 +104,12 @@ def observe(mlp: DenseMLP, inputs: Tensor, compute_dtype: torch.dtype, held_out:
             "the model in bfloat16 or float32"
         )
     power /= tokens
-    reach = weights["down"].double().square().sum(0)  # ‖down_j‖²
-    problems = {}
-    for role, weight in weights.items():
-        squared = moments[role] / tokens / max(power, torch.finfo(torch.float64).tiny)
-        squared = squared if role == "down" else squared * reach
-        oriented = weight.float() if role == "down" else weight.float().t().contiguous()
-        problems[role] = SliceProblem(
-            oriented, None if role == "down" else (metric / tokens).float(), squared.sqrt().float()
-        )
+    problems = {
+        role: _relative(weight, None, (moment / tokens).sqrt().float())
+        if role == "down"
+        else _relative(weight.t(), (metric / tokens).float(), torch.ones(hidden, device=device))
+        for role, weight in weights.items()
+    }
     return Observation(targets, token_weight, power, problems)
 
 
@@ -134,22 +130,15 @@ def weight_problems(mlp: DenseMLP) -> dict[str, SliceProblem]:
     """The data-free problem: every matrix by the relative error of its weights."""
     problems = {}
     for role, linear in mlp.linears().items():
-        weight = linear.weight.detach().float()
-        oriented = weight if role == "down" else weight.t().contiguous()
-        norm = oriented.norm().clamp_min(torch.finfo(torch.float32).tiny)
-        problems[role] = SliceProblem(oriented, None, oriented.new_ones(mlp.hidden) / norm)
+        weight = linear.weight.detach()
+        columns = torch.ones(mlp.hidden, device=weight.device)
+        problems[role] = _relative(weight if role == "down" else weight.t(), None, columns)
     return problems
 
 
-def _hidden(pre: dict[str, Tensor], activation: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """The hidden values ``[T, n]`` and their derivative by the pre-activation of each role."""
-    act = ACTIVATIONS[activation]
-    inner = pre["gate" if "gate" in pre else "up"]
-    with torch.enable_grad():
-        leaf = inner.detach().requires_grad_()
-        value = act(leaf)
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
-    value = value.detach()
-    if "gate" not in pre:
-        return value, {"up": slope}
-    return value * pre["up"], {"gate": slope * pre["up"], "up": value}
+def _relative(weight: Tensor, metric: Tensor | None, columns: Tensor) -> SliceProblem:
+    """The problem in units of its own size: dropping all of ``weight [d, n]`` is an error of 1."""
+    problem = SliceProblem(weight.float().contiguous(), metric, columns)
+    energy = problem.error(torch.zeros_like(problem.weight))
+    scale = max(energy, torch.finfo(torch.float32).tiny) ** -0.5
+    return dataclasses.replace(problem, columns=columns * scale)
