@@ -57,6 +57,8 @@ class Recipe:
         base: ``shared`` = ``U``; ``identity`` = ``I`` (plain pruning); ``both`` = ``[U, I]`` (sparse + low
             rank).
         per_role: one base for the input side (fc1, gate, up) and one for the output side (fc2, down).
+        ranking: entries of V compete inside their ``layer``, so that every layer keeps as many, or inside the
+            whole ``group``, each matrix relative to its outputs.
         init: ``whitened`` (calibrated) or ``svd`` (data-free).
         refit: ridge refit of the base after masking.
         steps: optimiser steps per group of the joint block-wise training; 0 = closed form only.
@@ -72,6 +74,7 @@ class Recipe:
     rank: int | None = None
     base: Literal["shared", "identity", "both"] = "shared"
     per_role: bool = True
+    ranking: Literal["layer", "group"] = "layer"
     init: Literal["whitened", "svd"] = "whitened"
     refit: bool = True
     steps: int = 100
@@ -100,6 +103,7 @@ class Recipe:
             raise InvalidArgument(f"rank: got {self.rank!r}; expected None or a positive integer")
         for name, allowed in (
             ("base", ("shared", "identity", "both")),
+            ("ranking", ("layer", "group")),
             ("init", ("whitened", "svd")),
         ):
             if getattr(self, name) not in allowed:

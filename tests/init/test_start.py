@@ -63,6 +63,20 @@ def test_meets_its_plan(pattern: str, base: str, per_role: bool) -> None:
     assert group_error(layers, factors) < 0.8 * nothing
 
 
+def test_ranking_decides_who_competes() -> None:
+    layers = layers_of_a_group()
+    for problem in layers[0].values():  # the errors of the first layer count a hundred times as much
+        problem.columns = problem.columns * 10
+    shares = {}
+    for ranking in ("layer", "group"):
+        recipe = Recipe(ratio=0.6, pattern="bitmap:16x16", ranking=ranking)
+        masks = factorise(layers, solve(recipe, SHAPE), recipe).masks
+        shares[ranking] = [sum(int(m.sum()) for m in layer.values()) for layer in masks]
+    assert abs(shares["layer"][0] - shares["layer"][1]) <= 1
+    assert shares["group"][0] > 1.2 * shares["group"][1]
+    assert sum(shares["group"]) == sum(shares["layer"])
+
+
 def test_full_rank_and_density_reproduce_the_weights() -> None:
     recipe = Recipe(ratio=1.0, base="identity", pattern="bitmap:16x16")
     shape = GroupShape(WIDTH, HIDDEN, True, LAYERS, element_size=4)

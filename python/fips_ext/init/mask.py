@@ -1,8 +1,8 @@
 """Which entries of V are kept.
 
-Every layer of a group gets the same number. Ranking over all layers would minimise the summed relative error
-of the MLPs, but that is not what a network loses: on SmolLM2-135M at ratio 0.65 it doubles the rise in
-perplexity, because layers whose outputs are easy to approximate in the mean starve.
+Entries compete inside a pool: the slices of one layer (every layer then keeps as many), or those of the whole
+group. The second minimises the summed relative error, but a network does not lose what its MLPs lose on
+average: layers whose outputs are easy to approximate in the mean starve.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def base_energy(problem: SliceProblem, base: Tensor, identity: bool) -> Tensor:
     return torch.cat([energy, diagonal])
 
 
-def select_by_layer(scores: list[list[Tensor]], count: int, pattern: Pattern) -> list[list[Tensor]]:
-    """Masks that keep ``count`` entries in all, as many in each layer; see :func:`select`.
+def select_in_pools(scores: list[list[Tensor]], count: int, pattern: Pattern) -> list[list[Tensor]]:
+    """Masks that keep ``count`` entries in all, as many in each pool; see :func:`select`.
 
     Args:
-        scores: per layer, one ``[rows, n]`` per slice.
+        scores: per pool, one ``[rows, n]`` per slice.
     """
-    layers = len(scores)
-    shares = [count // layers + (i < count % layers) for i in range(layers)]
-    return [select(layer, share, pattern) for layer, share in zip(scores, shares, strict=True)]
+    pools = len(scores)
+    shares = [count // pools + (i < count % pools) for i in range(pools)]
+    return [select(pool, share, pattern) for pool, share in zip(scores, shares, strict=True)]
 
 
 def select(scores: list[Tensor], count: int, pattern: Pattern) -> list[Tensor]:
-    """Masks that keep the ``count`` largest scores over all slices of one layer together.
+    """Masks that keep the ``count`` largest scores over all slices of one pool together.
 
     Args:
         scores: one ``[rows, n]`` per slice, not negative.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..budget import Plan
 from ..recipe import Recipe
-from .mask import base_energy, saliency, select_by_layer
+from .mask import base_energy, saliency, select_in_pools
 from .problem import SliceProblem
 from .refit import refit_base, refit_values
 from .rotate import rotate
@@ -48,7 +48,9 @@ def factorise(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe)
     slices = [layers[i][role].normalised() for i, role in keys]
     num_bases = 2 if plan.bases == 2 else 1
     base_of = [num_bases - 1 if role == "down" else 0 for _, role in keys]
-    group = _Group(slices, base_of, num_bases, len(layers[0]), plan)
+    # Entries compete among this many slices.
+    pool = len(layers[0]) if recipe.ranking == "layer" else len(slices)
+    group = _Group(slices, base_of, num_bases, pool, plan)
 
     bases, values = group.low_rank(_ROTATIONS if recipe.base == "shared" else 0)
     if plan.identity:
@@ -73,13 +75,13 @@ class _Group:
     Attributes:
         base_of: the base of each slice.
         num_bases: 1 or 2.
-        per_layer: slices of one layer.
+        pool: slices, in order, whose entries compete: those of a layer, or all.
     """
 
     slices: list[SliceProblem]
     base_of: list[int]
     num_bases: int
-    per_layer: int
+    pool: int
     plan: Plan
 
     def zip(self, tensors: list[Tensor]):
@@ -131,9 +133,8 @@ class _Group:
         return self._select(scores)
 
     def _select(self, scores: list[Tensor]) -> list[Tensor]:
-        starts = range(0, len(scores), self.per_layer)
-        layers = [scores[i : i + self.per_layer] for i in starts]
-        return list(chain(*select_by_layer(layers, self.plan.count, self.plan.pattern)))
+        pools = [scores[i : i + self.pool] for i in range(0, len(scores), self.pool)]
+        return list(chain(*select_in_pools(pools, self.plan.count, self.plan.pattern)))
 
     def finish(
         self, bases: list[Tensor], values: list[Tensor], masks: list[Tensor], refit: bool
