@@ -63,7 +63,7 @@ cpp-test: $(VENV)/.installed
 	ctest --test-dir $(BUILD) --output-on-failure -j 2
 
 asan-test: $(VENV)/.tools | gtest
-	cmake --preset asan
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset asan  # ninja may be in .venv only
 	cmake --build --preset asan
 	ctest --preset asan
 
