@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .. import _library, functional, reference
+from .. import functional
 from ..errors import NumericalError
 from ..layout import BlockSparse
 from ..nn import SharedMLP
@@ -99,12 +99,11 @@ def relative_error(mlp: SharedMLP, layer: LayerData, compute_dtype: torch.dtype)
     """``Σ w ‖y − target‖² / Σ w ‖target‖²`` over the held-out rows, ``w`` the token weights."""
     arguments = cast_arguments(mlp, compute_dtype)
     device = mlp.up.values.device
-    forward = functional.shared_mlp if _library.available() else reference.shared_mlp
     error = power = 0.0
     for start in range(layer.trained, layer.inputs.shape[0], _CHUNK):
         rows = slice(start, start + _CHUNK)
         target = layer.targets[rows].to(device).float()
-        y = forward(layer.inputs[rows].to(device, compute_dtype), **arguments).float()
+        y = functional.shared_mlp(layer.inputs[rows].to(device, compute_dtype), **arguments).float()
         weight = layer.weights[rows].to(device)
         error += float(weight @ (y - target).square().sum(1))
         power += float(weight @ target.square().sum(1))
@@ -128,8 +127,7 @@ def _loss(mlp: SharedMLP, layer: LayerData, rows: Tensor, dtype: torch.dtype) ->
     device = mlp.up.values.device
     # The power of all tokens, not of the batch, so that every batch has the same unit.
     scale = 1 / max(layer.power * rows.numel(), torch.finfo(torch.float32).tiny)
-    loss_of = functional.reconstruction_loss if _library.available() else reference.reconstruction_loss
-    return loss_of(
+    return functional.reconstruction_loss(
         layer.inputs[rows].to(device, dtype),
         layer.targets[rows].to(device, dtype),
         scale=scale,
