@@ -48,12 +48,19 @@ inline bool is_allowed_block_edge(int64_t edge) {
   return edge == 16 || edge == 32 || edge == 64 || edge == 128;
 }
 
-// Throws unless every index of `v` (host memory) stays inside the view: after this no kernel can
-// read or write out of bounds, whatever the tensors hold. `name` is the argument's name in
-// messages.
-inline void check_view(const BlockSparseView& v, const char* name) {
+// Throws unless block edges and lengths are as the layout asks; looks at no index.
+inline void check_sizes(const BlockSparseView& v, const char* name) {
   FIPS_CHECK(is_allowed_block_edge(v.bk) && is_allowed_block_edge(v.bn), name, ": block is ", v.bk,
              "x", v.bn, "; each edge must be 16, 32, 64 or 128");
+  FIPS_CHECK(v.is_bitmap() || v.num_values == v.num_blocks * v.slots(), name, ": values hold ",
+             v.num_values, " numbers; ", v.num_blocks, " stored blocks of ", v.bk, "x", v.bn,
+             " need ", v.num_blocks * v.slots());
+}
+
+// Throws unless the view is a well-formed slice, every index of it (host memory) included: after
+// this no kernel can read or write out of bounds. `name` is the argument's name in messages.
+inline void check_view(const BlockSparseView& v, const char* name) {
+  check_sizes(v, name);
   const int64_t nbk = v.block_rows(), nbn = v.block_cols();
   auto check_pointers = [&](const int32_t* ptr, int64_t count, const char* which) {
     FIPS_CHECK(ptr[0] == 0 && ptr[count] == v.num_blocks, name, ": ", which,
@@ -92,9 +99,6 @@ inline void check_view(const BlockSparseView& v, const char* name) {
     }
   }
   if (!v.is_bitmap()) {
-    FIPS_CHECK(v.num_values == v.num_blocks * v.slots(), name, ": values hold ", v.num_values,
-               " numbers; ", v.num_blocks, " stored blocks of ", v.bk, "x", v.bn, " need ",
-               v.num_blocks * v.slots());
     return;
   }
   FIPS_CHECK(v.block_ptr[0] == 0 && v.block_ptr[v.num_blocks] == v.num_values, name,

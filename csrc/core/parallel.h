@@ -10,6 +10,9 @@ struct Parallel {
 
   // Splits [0, tasks) into ranges of at least `grain` and calls `body` on each, possibly at once.
   void (*run)(int64_t tasks, int64_t grain, Body body, void* context);
+
+  // How many ranges may run at once; kernels cut their work accordingly.
+  int64_t (*threads)();
 };
 
 inline void run_serial(int64_t tasks, int64_t /*grain*/, Parallel::Body body, void* context) {
@@ -18,7 +21,9 @@ inline void run_serial(int64_t tasks, int64_t /*grain*/, Parallel::Body body, vo
   }
 }
 
-inline constexpr Parallel kSerial{run_serial};
+inline int64_t one_thread() { return 1; }
+
+inline constexpr Parallel kSerial{run_serial, one_thread};
 
 template <class F>
 void parallel_for(const Parallel& parallel, int64_t tasks, int64_t grain, const F& body) {

@@ -6,6 +6,7 @@
 
 #include "core/format.h"
 #include "core/parallel.h"
+#include "kernels/activation.h"
 
 namespace fips {
 
@@ -23,13 +24,24 @@ struct BlockSparseMmParams {
   FIPS_HOST_DEVICE int64_t out_features() const { return transpose ? v.rows : v.cols; }
 };
 
+// What is stored in place of y = x * V + bias: act(y), or for a gated MLP act(x * gate + gate_bias)
+// * y. Not with `transpose`.
+struct MmEpilogue {
+  Activation activation = Activation::kIdentity;
+  const BlockSparseView* gate = nullptr;  // same shape, block and encoding as v
+  const void* gate_bias = nullptr;
+};
+
 namespace cpu {
 
-// Bytes of scratch memory that block_sparse_mm needs (64-byte aligned, any content).
+// Bytes of scratch memory that block_sparse_mm needs (64-byte aligned, any content); may be 0.
 int64_t block_sparse_mm_workspace(const BlockSparseMmParams& params);
 
-// `v` must have passed check_view.
-void block_sparse_mm(const BlockSparseMmParams& params, void* workspace, const Parallel& parallel);
+// Memory-safe for any contents of the index, masks and values, provided that the views have the
+// lengths that check_sizes asks for: entries that point outside are skipped, and then the result is
+// false and the output meaningless. check_view tells what is wrong.
+bool block_sparse_mm(const BlockSparseMmParams& params, const MmEpilogue& epilogue, void* workspace,
+                     const Parallel& parallel);
 
 }  // namespace cpu
 }  // namespace fips

@@ -6,7 +6,7 @@ namespace {
 
 Tensor block_sparse_mm(const Tensor& x, const TensorList& v, int64_t rows, int64_t cols,
                        bool transpose, const std::optional<Tensor>& bias) {
-  const Factor factor(host_slice_of(v, rows, cols, x, "v"));
+  const Factor factor(slice_of(v, rows, cols, x, "v"), "v");
   const int64_t in = transpose ? cols : rows, out = transpose ? rows : cols;
   FIPS_CHECK(last_dim(x, "x") == in, "x: last dimension is ", last_dim(x, "x"),
              ", but the slice is ", rows, " x ", cols, transpose ? " (transposed)" : "",

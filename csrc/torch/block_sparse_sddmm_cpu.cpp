@@ -7,7 +7,7 @@ namespace {
 
 Tensor block_sparse_sddmm(const Tensor& a, const Tensor& b, const TensorList& v, int64_t rows,
                           int64_t cols) {
-  const Factor factor(host_slice_of(v, rows, cols, a, "v"));
+  const Factor factor(slice_of(v, rows, cols, a, "v"), "v");
   check_like(b, a, "b");
   FIPS_CHECK(last_dim(a, "a") == rows, "a: last dimension is ", last_dim(a, "a"),
              "; the slice has ", rows, " rows");

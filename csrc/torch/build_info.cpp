@@ -15,7 +15,7 @@ std::string build_info() {
   info += ", \"cuda\": false, \"cuda_archs\": \"\"";
 #endif
 #if defined(__x86_64__)
-  info += ", \"cpu_isas\": [\"scalar\", \"avx2\", \"avx512\"]";
+  info += ", \"cpu_isas\": [\"scalar\", \"avx2\", \"avx512\", \"avx512_bf16\", \"amx\"]";
 #else
   info += ", \"cpu_isas\": [\"scalar\"]";
 #endif

@@ -5,28 +5,46 @@
 #include <utility>
 
 #include "core/planner.h"
+#include "kernels/activation.h"
 #include "torch/tensor_utils.h"
 
 namespace fips {
 
 class Factor {
  public:
-  explicit Factor(Slice slice) : slice_(std::move(slice)) {}
+  // `name` is the argument's name in messages.
+  Factor(Slice slice, const char* name) : slice_(std::move(slice)), name_(name) {
+    check_sizes(slice_.view, name);
+  }
 
   const BlockSparseView& view() const { return slice_.view; }
   const Tensor& values() const { return slice_.values(); }
 
+  // Validates every index, once. Products of a few tokens do without: they would spend a good part
+  // of their time on it, and their kernels are safe with any index.
+  void verify() const;
+
   // x V + bias or x V^T + bias, for x [tokens, features] contiguous.
   Tensor mm(const Tensor& x, bool transpose,
             const std::optional<Tensor>& bias = std::nullopt) const;
+
+  // act(x V + bias), or with a gate act(x gate + gate_bias) * (x V + bias), in one pass over x
+  // where the planner keeps to the stored blocks.
+  Tensor mm_activated(const Tensor& x, const std::optional<Tensor>& bias, const Factor* gate,
+                      const std::optional<Tensor>& gate_bias, Activation activation) const;
 
   // sums += a^T b on the stored slots; sums has the shape of the values, in the accumulator type.
   void add_sddmm(const Tensor& a, const Tensor& b, const Tensor& sums) const;
 
  private:
   const Tensor& dense_transposed() const;
+  bool is_sparse(int64_t tokens) const;
+  Tensor run(const Tensor& x, bool transpose, const std::optional<Tensor>& bias, const Factor* gate,
+             const std::optional<Tensor>& gate_bias, Activation activation) const;
 
   Slice slice_;
+  const char* name_;
+  mutable bool verified_ = false;
   mutable std::optional<Tensor> dense_;  // V^T filled with zeros, made at the first need
 };
 

@@ -4,6 +4,20 @@
 #include "torch/factor.h"
 
 namespace fips {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kVerifiedTokens = 32;  // from here on, validating the index is lost in the noise
+
+}  // namespace
+
+void Factor::verify() const {
+  if (!verified_) {
+    check_view(view(), name_);
+    verified_ = true;
+  }
+}
 
 const Tensor& Factor::dense_transposed() const {
   if (!dense_.has_value()) {
@@ -14,29 +28,90 @@ const Tensor& Factor::dense_transposed() const {
   return *dense_;
 }
 
-Tensor Factor::mm(const Tensor& x, bool transpose, const std::optional<Tensor>& bias) const {
+bool Factor::is_sparse(int64_t tokens) const {
+  if (tokens >= kVerifiedTokens) {
+    verify();
+  }
+  return choose_mm_path(mm_shape(view(), tokens)) == MmPath::kSparse;
+}
+
+Tensor Factor::run(const Tensor& x, bool transpose, const OptionalTensor& bias, const Factor* gate,
+                   const OptionalTensor& gate_bias, Activation activation) const {
   BlockSparseMmParams p;
   p.v = view();
   p.transpose = transpose;
   p.tokens = x.size(0);
-  if (choose_mm_path(mm_shape(p.v, p.tokens)) == MmPath::kDensified) {
-    const Tensor weight = transpose ? transposed(dense_transposed()) : dense_transposed();
-    return expect_contiguous(call_aten("aten::linear", "", x, weight, bias)[0], x.scalar_type());
-  }
   Tensor out = make_empty(x, {p.tokens, p.out_features()});
-  const TensorList dense_bias =
-      bias.has_value() ? TensorList{torch::stable::contiguous(*bias)} : TensorList{};
+  TensorList keep_alive;
+  auto pointer = [&](const OptionalTensor& t) -> const void* {
+    if (!t.has_value()) {
+      return nullptr;
+    }
+    keep_alive.push_back(torch::stable::contiguous(*t));
+    return keep_alive.back().const_data_ptr();
+  };
   p.x = x.const_data_ptr();
   p.x_stride = p.in_features();
-  p.bias = dense_bias.empty() ? nullptr : dense_bias[0].const_data_ptr();
+  p.bias = pointer(bias);
   p.out = out.mutable_data_ptr();
   p.out_stride = p.out_features();
-  Tensor workspace = make_empty(x, {cpu::block_sparse_mm_workspace(p)}, ScalarType::Byte);
-  cpu::block_sparse_mm(p, workspace.mutable_data_ptr(), kTorchThreads);
+  MmEpilogue epilogue;
+  epilogue.activation = activation;
+  if (gate != nullptr) {
+    epilogue.gate = &gate->view();
+    epilogue.gate_bias = pointer(gate_bias);
+  }
+  const int64_t bytes = cpu::block_sparse_mm_workspace(p);
+  OptionalTensor workspace;
+  if (bytes > 0) {
+    workspace = make_empty(x, {bytes}, ScalarType::Byte);
+  }
+  if (!cpu::block_sparse_mm(p, epilogue,
+                            workspace.has_value() ? workspace->mutable_data_ptr() : nullptr,
+                            kTorchThreads)) {
+    verify();
+    if (gate != nullptr) {
+      gate->verify();
+    }
+  }
   return out;
 }
 
+Tensor Factor::mm(const Tensor& x, bool transpose, const OptionalTensor& bias) const {
+  if (is_sparse(x.size(0))) {
+    return run(x, transpose, bias, nullptr, std::nullopt, Activation::kIdentity);
+  }
+  const Tensor weight = transpose ? transposed(dense_transposed()) : dense_transposed();
+  return expect_contiguous(call_aten("aten::linear", "", x, weight, bias)[0], x.scalar_type());
+}
+
+Tensor Factor::mm_activated(const Tensor& x, const OptionalTensor& bias, const Factor* gate,
+                            const OptionalTensor& gate_bias, Activation activation) const {
+  const int64_t tokens = x.size(0);
+  auto alike = [](const BlockSparseView& a, const BlockSparseView& b) {
+    return a.bk == b.bk && a.bn == b.bn && a.is_bitmap() == b.is_bitmap();
+  };
+  if (is_sparse(tokens) &&
+      (gate == nullptr || (gate->is_sparse(tokens) && alike(view(), gate->view())))) {
+    return run(x, false, bias, gate, gate_bias, activation);
+  }
+  const Tensor up = mm(x, false, bias);
+  ActivationParams p;
+  p.activation = activation;
+  p.dtype = view().dtype;
+  p.count = up.numel();
+  p.up = p.h = up.mutable_data_ptr();
+  Tensor gated;
+  if (gate != nullptr) {
+    gated = gate->mm(x, false, gate_bias);
+    p.gate = gated.mutable_data_ptr();
+  }
+  cpu::activation_forward(p, kTorchThreads);
+  return up;
+}
+
 void Factor::add_sddmm(const Tensor& a, const Tensor& b, const Tensor& sums) const {
+  verify();
   const int64_t tokens = a.size(0);
   if (choose_mm_path(mm_shape(view(), tokens)) == MmPath::kDensified) {
     const Tensor dense = token_sum(b, a);  // [n, r]

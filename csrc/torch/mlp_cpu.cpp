@@ -51,14 +51,15 @@ Mlp::Mlp(const Tensor& x, const Tensor& base, const OptionalTensor& base_out, co
       base_(checked_base(base, x, "base")),
       base_out_(base_out.has_value() ? OptionalTensor(checked_base(*base_out, x, "base_out"))
                                      : std::nullopt),
-      up_(host_slice_of(up, slice_rows(base, identity), hidden, x, "up")),
-      down_(host_slice_of(down, slice_rows(base_out.has_value() ? *base_out : base, identity),
-                          hidden, x, "down")),
+      up_(slice_of(up, slice_rows(base, identity), hidden, x, "up"), "up"),
+      down_(slice_of(down, slice_rows(base_out.has_value() ? *base_out : base, identity), hidden, x,
+                     "down"),
+            "down"),
       up_bias_(up_bias),
       gate_bias_(gate_bias),
       down_bias_(down_bias) {
   if (gate.has_value()) {
-    gate_.emplace(host_slice_of(*gate, slice_rows(base, identity), hidden, x, "gate"));
+    gate_.emplace(slice_of(*gate, slice_rows(base, identity), hidden, x, "gate"), "gate");
   }
   FIPS_CHECK(gate.has_value() || !gate_bias.has_value(),
              "gate_bias: given without gate; leave it None");
@@ -90,16 +91,9 @@ Mlp::Hidden Mlp::pre_activations(const Tensor& x) const {
 }
 
 Tensor Mlp::forward(const Tensor& x) const {
-  const Hidden hidden = pre_activations(x);
-  ActivationParams p;
-  p.activation = activation_;
-  p.dtype = dtype();
-  p.count = hidden.up.numel();
-  p.up = p.h = hidden.up.mutable_data_ptr();
-  p.gate = hidden.gate.has_value() ? hidden.gate->mutable_data_ptr() : nullptr;
-  cpu::activation_forward(p, kTorchThreads);
-
-  const Tensor w = down_.mm(hidden.up, true);
+  const Tensor h = up_.mm_activated(project_in(x, base_), up_bias_,
+                                    gate_.has_value() ? &*gate_ : nullptr, gate_bias_, activation_);
+  const Tensor w = down_.mm(h, true);
   const Tensor& base = out_base();
   const int64_t rank = base.size(1);
   if (!identity_) {

@@ -113,8 +113,7 @@ struct Slice {
 };
 
 // Checks types, shapes and devices of the tensors of a slice, reading none of their contents: a
-// CUDA kernel guards its indices itself. Host callers use host_slice_of, which validates every
-// index.
+// kernel guards its indices itself, or its caller validates them (Factor::verify).
 inline Slice slice_of(const TensorList& v, int64_t rows, int64_t cols, const Tensor& x,
                       const char* name) {
   FIPS_CHECK(v.size() == 6 || v.size() == 8, name,
@@ -189,13 +188,6 @@ inline Slice slice_of(const TensorList& v, int64_t rows, int64_t cols, const Ten
   return slice;
 }
 
-inline Slice host_slice_of(const TensorList& v, int64_t rows, int64_t cols, const Tensor& x,
-                           const char* name) {
-  Slice slice = slice_of(v, rows, cols, x, name);
-  check_view(slice.view, name);
-  return slice;
-}
-
 // torch's own threads, as the callback that kernels take.
 inline void run_on_torch_threads(int64_t tasks, int64_t grain, Parallel::Body body, void* context) {
   if (tasks <= 0) {
@@ -204,7 +196,8 @@ inline void run_on_torch_threads(int64_t tasks, int64_t grain, Parallel::Body bo
   torch::stable::parallel_for(0, tasks, grain,
                               [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
-inline constexpr Parallel kTorchThreads{run_on_torch_threads};
+inline int64_t torch_threads() { return torch::stable::get_num_threads(); }
+inline constexpr Parallel kTorchThreads{run_on_torch_threads, torch_threads};
 
 // Calls an ATen op by name and returns its first `kOutputs` results.
 template <size_t kOutputs = 1, class... Args>

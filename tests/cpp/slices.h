@@ -44,10 +44,11 @@ inline std::vector<float> random_vector(int64_t count, uint32_t seed) {
   return values;
 }
 
+inline int64_t many_threads() { return 7; }
+
 // Every range on a thread of its own: more threads than tasks, in any order.
 inline void run_on_many_threads(int64_t tasks, int64_t grain, Parallel::Body body, void* context) {
-  constexpr int64_t kThreads = 7;
-  const int64_t step = max_of(max_of(1, grain), ceil_div(tasks, kThreads));
+  const int64_t step = max_of(max_of(1, grain), ceil_div(tasks, many_threads()));
   std::vector<std::thread> threads;
   for (int64_t begin = 0; begin < tasks; begin += step) {
     threads.emplace_back(body, context, begin, min_of(tasks, begin + step));
@@ -56,6 +57,6 @@ inline void run_on_many_threads(int64_t tasks, int64_t grain, Parallel::Body bod
     thread.join();
   }
 }
-inline constexpr Parallel kManyThreads{run_on_many_threads};
+inline constexpr Parallel kManyThreads{run_on_many_threads, many_threads};
 
 }  // namespace fips::testing

@@ -62,6 +62,8 @@ TEST(Planner, StreamsFewTokensAndFillsUpDenseSlices) {
   shape = sparse;
   shape.bitmap = true;
   EXPECT_EQ(choose_mm_path(shape), MmPath::kDensified);
+  shape.tokens = 200;
+  EXPECT_EQ(choose_mm_path(shape), MmPath::kSparse);
 }
 
 }  // namespace

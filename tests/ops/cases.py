@@ -21,13 +21,15 @@ TOLERANCE = {
 }
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # each includes those before it
+
+
+@pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     """Runs a test once per instruction set that this processor has."""
-    order = ["scalar", "avx2", "avx512"]
     from fips_ext import _host
 
-    if order.index(request.param) > order.index(_host.cpu_features()["detected"]):
+    if ISAS.index(request.param) > ISAS.index(_host.cpu_features()["detected"]):
         pytest.skip(f"this processor lacks {request.param}")
     monkeypatch.setenv("FIPS_CPU_CAPABILITY", request.param)
     return request.param

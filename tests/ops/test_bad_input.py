@@ -19,7 +19,7 @@ def slice_tensors(encoding: str = "block", dtype=torch.float32) -> list[torch.Te
 
 
 def run(tensors, x=None, rows=ROWS, cols=COLS, bias=None):
-    x = torch.randn(3, ROWS) if x is None else x
+    x = torch.randn(40, ROWS) if x is None else x
     return ops.block_sparse_mm(x, tensors, rows, cols, False, bias)
 
 
@@ -67,6 +67,29 @@ def test_mask_must_agree_with_the_value_offsets():
     tensors[7][-1] += 1
     with pytest.raises(ValueError, match="block_ptr must start at 0 and end at"):
         run(tensors)
+
+
+@pytest.mark.parametrize("encoding", ["block", "bitmap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_few_tokens_skip_the_validation_but_never_a_stray_index(encoding, dtype, tokens):
+    """Decoding does not read the whole index first: what it uses is checked where it is used."""
+    x, h = torch.randn(tokens, ROWS, dtype=dtype), torch.randn(tokens, COLS, dtype=dtype)
+    used = {False: (1, 2), True: (3, 4, 5)}  # col_ptr, row_idx; row_ptr, col_idx, block_id
+    for transpose in (False, True):
+        for which in (1, 2, 3, 4, 5, *((7,) if encoding == "bitmap" else ())):
+            for value in (-1, 2**31 - 1):
+                tensors = slice_tensors(encoding, dtype)
+                tensors[which][1] = value
+                if which in used[transpose] or which == 7:
+                    with pytest.raises(ValueError, match=r"v: .*(must|match|but)"):
+                        ops.block_sparse_mm(h if transpose else x, tensors, ROWS, COLS, transpose, None)
+                else:
+                    ops.block_sparse_mm(h if transpose else x, tensors, ROWS, COLS, transpose, None)
+        if encoding == "bitmap":
+            tensors = slice_tensors(encoding, dtype)
+            tensors[6].fill_(255)  # more slots than values: none past the end may be read
+            ops.block_sparse_mm(h if transpose else x, tensors, ROWS, COLS, transpose, None)
 
 
 @pytest.mark.parametrize("which", [1, 2, 3, 4, 5])

@@ -1,5 +1,5 @@
-// Activations and their gradients for one instruction set, written so that the compiler vectorises
-// them: no library calls in float, no branches.
+// Activations and their gradients for one instruction set: vectors of floats without library calls
+// or branches, doubles one by one.
 #pragma once
 
 #include <cmath>
@@ -12,79 +12,102 @@ namespace {
 
 constexpr int64_t kChunk = 256;
 
+// What is evaluated at once: a vector of floats, or one double (whose functions are the library's).
+template <class A>
+struct LaneOf {
+  using type = Vector<float>;
+};
+template <>
+struct LaneOf<double> {
+  using type = double;
+};
+template <class A>
+using Lane = typename LaneOf<A>::type;
+
+template <class A>
+constexpr int64_t kLaneWidth = static_cast<int64_t>(sizeof(Lane<A>) / sizeof(A));
+
+template <class A>
+FIPS_INLINE Lane<A> load_lane(const A* p) {
+  Lane<A> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+typedef uint32_t Bits __attribute__((vector_size(FIPS_VECTOR_BYTES)));
+
 // exp(x) to 3 ulp: x = n ln 2 + f with |f| <= ln 2 / 2, a degree-6 Taylor-like polynomial in f,
 // times 2^n.
-FIPS_INLINE float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+FIPS_INLINE Vector<float> exp_of(Vector<float> x) {
+  x = x < -87.0f ? Vector<float>{} - 87.0f : x;
+  x = x > 88.0f ? Vector<float>{} + 88.0f : x;
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = x * 1.44269504f + kRounder;
-  const float n = shifted - kRounder;
-  const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  float y = 1.3888889e-3f;
-  y = y * f + 8.3333338e-3f;
+  const Vector<float> shifted = x * 1.44269504f + kRounder;
+  const Vector<float> n = shifted - kRounder;
+  const Vector<float> f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  Vector<float> y = f * 1.3888889e-3f + 8.3333338e-3f;
   y = y * f + 4.1666668e-2f;
   y = y * f + 1.6666667e-1f;
   y = y * f + 0.5f;
   y = y * f + 1.0f;
   y = y * f + 1.0f;
-  // The rounded integer sits in the low bits of `shifted`; unsigned, so that a NaN is no overflow.
-  uint32_t bits;
+  // The rounded integer sits in the low bits of `shifted`.
+  Bits bits;
   memcpy(&bits, &shifted, sizeof bits);
   bits = (bits - 0x4b400000u + 127u) << 23;
-  float power;
+  Vector<float> power;
   memcpy(&power, &bits, sizeof power);
   return y * power;
 }
 FIPS_INLINE double exp_of(double x) { return std::exp(x); }
 
 // erf by Abramowitz and Stegun 7.1.26: absolute error 1.5e-7, and 6e-7 with float rounding.
-FIPS_INLINE float erf_of(float x) {
-  const float z = x < 0 ? -x : x;
-  const float t = 1.0f / (1.0f + 0.3275911f * z);
-  float y = 1.061405429f;
-  y = y * t - 1.453152027f;
+FIPS_INLINE Vector<float> erf_of(Vector<float> x) {
+  const Vector<float> z = x < 0.0f ? -x : x;
+  const Vector<float> t = 1.0f / (1.0f + 0.3275911f * z);
+  Vector<float> y = 1.061405429f * t - 1.453152027f;
   y = y * t + 1.421413741f;
   y = y * t - 0.284496736f;
   y = y * t + 0.254829592f;
   y = 1.0f - y * t * exp_of(-z * z);
-  return x < 0 ? -y : y;
+  return x < 0.0f ? -y : y;
 }
 FIPS_INLINE double erf_of(double x) { return std::erf(x); }
 
-template <class A>
-FIPS_INLINE A sigmoid(A x) {
+template <class A, class V>
+FIPS_INLINE V sigmoid(V x) {
   return A(1) / (A(1) + exp_of(-x));
 }
 
-template <class A>
+template <class V>
 struct Evaluated {
-  A value, slope;
+  V value, slope;
 };
 
 // act(x) and act'(x); the compiler drops the half that the caller does not use.
-template <Activation kind, class A>
-FIPS_INLINE Evaluated<A> evaluate(A x) {
+template <Activation kind, class A, class V = Lane<A>>
+FIPS_INLINE Evaluated<V> evaluate(V x) {
+  const V zero = {};
   if constexpr (kind == Activation::kIdentity) {
-    return {x, A(1)};
+    return {x, zero + A(1)};
   } else if constexpr (kind == Activation::kGelu) {
-    const A cdf = A(0.5) * (A(1) + erf_of(x * A(0.70710678118654752)));
+    const V cdf = A(0.5) * (A(1) + erf_of(x * A(0.70710678118654752)));
     return {x * cdf, cdf + x * exp_of(A(-0.5) * x * x) * A(0.39894228040143268)};
   } else if constexpr (kind == Activation::kGeluTanh) {
     // 0.5 (1 + tanh u) = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
     constexpr A c = A(0.79788456080286536);
-    const A s = sigmoid<A>(A(2) * c * (x + A(0.044715) * x * x * x));
+    const V s = sigmoid<A>(A(2) * c * (x + A(0.044715) * x * x * x));
     return {x * s, s + x * s * (A(1) - s) * A(2) * c * (A(1) + A(0.134145) * x * x)};
   } else if constexpr (kind == Activation::kSilu) {
-    const A s = sigmoid<A>(x);
+    const V s = sigmoid<A>(x);
     return {x * s, s * (A(1) + x * (A(1) - s))};
   } else if constexpr (kind == Activation::kRelu) {
-    return {x < 0 ? A(0) : x, x > 0 ? A(1) : A(0)};  // a NaN stays one
+    return {x < zero ? zero : x, x > zero ? zero + A(1) : zero};  // a NaN stays one
   } else if constexpr (kind == Activation::kRelu2) {
-    const A r = x < 0 ? A(0) : x;  // a NaN stays one
+    const V r = x < zero ? zero : x;  // a NaN stays one
     return {r * r, A(2) * r};
   } else {
-    const A s = sigmoid<A>(A(1.702) * x);
+    const V s = sigmoid<A>(A(1.702) * x);
     return {x * s, s + x * A(1.702) * s * (A(1) - s)};
   }
 }
@@ -108,18 +131,20 @@ FIPS_INLINE void write(const Accumulator<T>* in, void* to, int64_t begin, int64_
 template <class T, Activation kind>
 void forward_range(const ActivationParams& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  alignas(64) A up[kChunk], gate[kChunk];
+  alignas(64) A up[kChunk] = {}, gate[kChunk] = {};  // whole lanes are evaluated
   for (int64_t i = begin; i < end; i += kChunk) {
     const int64_t count = min_of(kChunk, end - i);
     read<T>(p.up, i, count, up);
     if (p.gate == nullptr) {
-      for (int64_t e = 0; e < count; ++e) {
-        up[e] = evaluate<kind>(up[e]).value;
+      for (int64_t e = 0; e < count; e += kLaneWidth<A>) {
+        const Lane<A> h = evaluate<kind, A>(load_lane(up + e)).value;
+        memcpy(up + e, &h, sizeof h);
       }
     } else {
       read<T>(p.gate, i, count, gate);
-      for (int64_t e = 0; e < count; ++e) {
-        up[e] *= evaluate<kind>(gate[e]).value;
+      for (int64_t e = 0; e < count; e += kLaneWidth<A>) {
+        const Lane<A> h = evaluate<kind, A>(load_lane(gate + e)).value * load_lane(up + e);
+        memcpy(up + e, &h, sizeof h);
       }
     }
     write<T>(up, p.h, i, count);
@@ -129,24 +154,28 @@ void forward_range(const ActivationParams& p, int64_t begin, int64_t end) {
 template <class T, Activation kind>
 void backward_range(const ActivationParams& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  alignas(64) A up[kChunk], gate[kChunk], grad[kChunk], h[kChunk];
+  alignas(64) A up[kChunk] = {}, gate[kChunk] = {}, grad[kChunk] = {}, h[kChunk];
   for (int64_t i = begin; i < end; i += kChunk) {
     const int64_t count = min_of(kChunk, end - i);
     read<T>(p.up, i, count, up);
     read<T>(p.grad_h, i, count, grad);
     if (p.gate == nullptr) {
-      for (int64_t e = 0; e < count; ++e) {
-        const Evaluated<A> at = evaluate<kind>(up[e]);
-        h[e] = at.value;
-        up[e] = grad[e] * at.slope;
+      for (int64_t e = 0; e < count; e += kLaneWidth<A>) {
+        const Evaluated<Lane<A>> at = evaluate<kind, A>(load_lane(up + e));
+        const Lane<A> grad_up = load_lane(grad + e) * at.slope;
+        memcpy(h + e, &at.value, sizeof at.value);
+        memcpy(up + e, &grad_up, sizeof grad_up);
       }
     } else {
       read<T>(p.gate, i, count, gate);
-      for (int64_t e = 0; e < count; ++e) {
-        const Evaluated<A> at = evaluate<kind>(gate[e]);
-        h[e] = at.value * up[e];
-        gate[e] = grad[e] * up[e] * at.slope;
-        up[e] = grad[e] * at.value;
+      for (int64_t e = 0; e < count; e += kLaneWidth<A>) {
+        const Evaluated<Lane<A>> at = evaluate<kind, A>(load_lane(gate + e));
+        const Lane<A> value = load_lane(up + e), grad_h = load_lane(grad + e);
+        const Lane<A> product = at.value * value, grad_gate = grad_h * value * at.slope;
+        const Lane<A> grad_up = grad_h * at.value;
+        memcpy(h + e, &product, sizeof product);
+        memcpy(gate + e, &grad_gate, sizeof grad_gate);
+        memcpy(up + e, &grad_up, sizeof grad_up);
       }
       write<T>(gate, p.gate, i, count);
     }

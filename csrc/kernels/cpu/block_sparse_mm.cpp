@@ -1,51 +1,33 @@
-// Driver of block_sparse_mm: chooses prefill or decode, lays out the workspace, hands out tasks.
+// Driver of block_sparse_mm: chooses the kernel for the number of tokens, lays out the workspace,
+// hands out tasks.
 #include "kernels/block_sparse_mm.h"
-
-#include <cstring>
 
 #include "kernels/cpu/dispatch.h"
 
 namespace fips::cpu {
 namespace {
 
-// Enough for every instruction set, so that the size does not depend on which one runs the kernel.
-constexpr int64_t kMaxTokenTile = 32;
-constexpr int64_t kPackedTokens = 4096;  // tokens packed at once: bounds the workspace
+constexpr int64_t kPanelBytes = 16 << 20;  // of x copied at once: bounds the workspace
+constexpr int64_t kMinPanelTokens = 512;   // below this, weight tiles would be made too often
 
-int64_t padded_inputs(const BlockSparseMmParams& p) {
-  return round_up(p.in_features(), p.transpose ? p.v.bn : p.v.bk);
+int64_t output_edges(const BlockSparseMmParams& p) {
+  return p.transpose ? p.v.block_rows() : p.v.block_cols();
 }
 
-int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
-
-template <class T>
-void copy_row(const T* in, Accumulator<T>* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    out[i] = to_accumulator(in[i]);
-  }
+MmTask make_task(const BlockSparseMmParams& p, const MmEpilogue& epilogue = {},
+                 std::atomic<bool>* stray = nullptr) {
+  return {p, epilogue, stray, round_up(p.in_features(), p.transpose ? p.v.bn : p.v.bk)};
 }
 
-// x as [token][padded feature] in the accumulator type, zero past the ragged edge.
-void copy_rows(const BlockSparseMmParams& p, char* rows) {
-  const int64_t size = accumulator_size(p.v.dtype), padded = padded_inputs(p),
-                count = p.in_features();
-  for (int64_t t = 0; t < p.tokens; ++t) {
-    char* out = rows + t * padded * size;
-    const char* in = static_cast<const char*>(p.x) + t * p.x_stride * element_size(p.v.dtype);
-    std::memset(out + count * size, 0, static_cast<size_t>((padded - count) * size));
-    switch (p.v.dtype) {
-      case DType::kFloat32:
-      case DType::kFloat64:
-        std::memcpy(out, in, static_cast<size_t>(count * size));
-        break;
-      case DType::kBFloat16:
-        copy_row(reinterpret_cast<const BFloat16*>(in), reinterpret_cast<float*>(out), count);
-        break;
-      case DType::kFloat16:
-        copy_row(reinterpret_cast<const Half*>(in), reinterpret_cast<float*>(out), count);
-        break;
-    }
-  }
+bool streams(const KernelTable& kernels, const BlockSparseMmParams& p) {
+  return p.tokens <= kernels.mm_stream_tokens(p);
+}
+
+// Tokens whose x is packed at once.
+int64_t panel_tokens(const MmTask& task, const MmPanel& panel) {
+  const int64_t fit = kPanelBytes / max_of(1, task.padded * panel.element_size);
+  return min_of(task.params.tokens,
+                max_of(kMinPanelTokens, fit / kMinPanelTokens * kMinPanelTokens));
 }
 
 BlockSparseMmParams token_range(BlockSparseMmParams p, int64_t first, int64_t count) {
@@ -56,38 +38,80 @@ BlockSparseMmParams token_range(BlockSparseMmParams p, int64_t first, int64_t co
   return p;
 }
 
+// Tokens per task of mm_tiled. A weight tile is made once per task, so groups are large, but cut
+// until the static split over threads leaves none of them idle for long.
+int64_t choose_group(const MmTask& task, const MmPanel& panel, int64_t max_group, int64_t threads) {
+  const int64_t tokens = task.params.tokens, edges = output_edges(task.params);
+  int64_t groups = ceil_div(tokens, max_group), best = groups;
+  double best_waste = 1e9;
+  for (int64_t limit = 4 * groups; groups <= limit; ++groups) {
+    const int64_t tasks = groups * edges;
+    const double waste =
+        static_cast<double>(ceil_div(tasks, threads) * threads) / static_cast<double>(tasks);
+    if (waste < best_waste - 0.05) {
+      best_waste = waste;
+      best = groups;
+    }
+    if (tokens / (groups + 1) < 64) {
+      break;
+    }
+  }
+  return round_up(ceil_div(tokens, best), panel.rows);
+}
+
+void run_streamed(const KernelTable& kernels, MmTask task, void* workspace,
+                  const Parallel& parallel) {
+  BlockSparseMmParams& p = task.params;
+  if (!kernels.mm_stream_in_place(task)) {
+    kernels.mm_stream_pack(task, workspace);
+    p.x = workspace;
+    p.x_stride = task.padded;
+  }
+  parallel_for(parallel, output_edges(p), 1,
+               [&](int64_t begin, int64_t end) { kernels.mm_stream(task, begin, end); });
+}
+
+void run_tiled(const KernelTable& kernels, MmTask task, void* workspace, const Parallel& parallel) {
+  const MmPanel panel = kernels.mm_panel(task.params.v.dtype);
+  const int64_t tokens = task.params.tokens;
+  parallel_for(parallel, ceil_div(tokens, panel.rows),
+               max_of(1, 16384 / max_of(1, task.padded * panel.rows)),
+               [&](int64_t begin, int64_t end) { kernels.mm_pack(task, workspace, begin, end); });
+  task.panel = workspace;
+  task.group = choose_group(task, panel, kernels.mm_max_group(task), parallel.threads());
+  parallel_for(parallel, output_edges(task.params) * ceil_div(tokens, task.group), 1,
+               [&](int64_t begin, int64_t end) { kernels.mm_tiled(task, begin, end); });
+}
+
 }  // namespace
 
 int64_t block_sparse_mm_workspace(const BlockSparseMmParams& p) {
-  const int64_t tokens = p.tokens <= kStreamTokens
-                             ? p.tokens
-                             : round_up(min_of(p.tokens, kPackedTokens), kMaxTokenTile);
-  return max_of(64, tokens * padded_inputs(p) * accumulator_size(p.v.dtype));
+  const KernelTable& kernels = kernel_table();
+  const MmTask task = make_task(p);
+  const MmPanel panel = kernels.mm_panel(p.v.dtype);
+  if (streams(kernels, p)) {
+    return kernels.mm_stream_in_place(task) ? 0 : p.tokens * task.padded * panel.element_size;
+  }
+  return round_up(panel_tokens(task, panel), panel.rows) * task.padded * panel.element_size;
 }
 
-void block_sparse_mm(const BlockSparseMmParams& p, void* workspace, const Parallel& parallel) {
+bool block_sparse_mm(const BlockSparseMmParams& p, const MmEpilogue& epilogue, void* workspace,
+                     const Parallel& parallel) {
   if (p.tokens == 0 || p.out_features() == 0) {
-    return;
+    return true;
   }
   const KernelTable& kernels = kernel_table();
-  const int64_t edges = p.transpose ? p.v.block_rows() : p.v.block_cols();
-  if (p.tokens <= kStreamTokens) {
-    copy_rows(p, static_cast<char*>(workspace));
-    parallel_for(parallel, edges, 1,
-                 [&](int64_t begin, int64_t end) { kernels.mm_stream(p, workspace, begin, end); });
-    return;
+  std::atomic<bool> stray{false};
+  if (streams(kernels, p)) {
+    run_streamed(kernels, make_task(p, epilogue, &stray), workspace, parallel);
+    return !stray;
   }
-  const int64_t tile = kernels.mm_token_tile(p.v.dtype);
-  for (int64_t first = 0; first < p.tokens; first += kPackedTokens) {
-    const BlockSparseMmParams part = token_range(p, first, min_of(kPackedTokens, p.tokens - first));
-    const int64_t tiles = ceil_div(part.tokens, tile);
-    parallel_for(parallel, tiles, 1,
-                 [&](int64_t begin, int64_t end) { kernels.mm_pack(part, workspace, begin, end); });
-    const int64_t tasks = edges * ceil_div(tiles, kernels.mm_tiles_per_task(part));
-    parallel_for(parallel, tasks, 1, [&](int64_t begin, int64_t end) {
-      kernels.mm_tiled(part, workspace, begin, end);
-    });
+  const int64_t step = panel_tokens(make_task(p), kernels.mm_panel(p.v.dtype));
+  for (int64_t first = 0; first < p.tokens; first += step) {
+    const BlockSparseMmParams part = token_range(p, first, min_of(step, p.tokens - first));
+    run_tiled(kernels, make_task(part, epilogue, &stray), workspace, parallel);
   }
+  return !stray;
 }
 
 }  // namespace fips::cpu

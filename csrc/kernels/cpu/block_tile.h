@@ -1,5 +1,4 @@
-// One stored block as a dense [bn, bk] tile in the accumulator type. Included only from per-ISA
-// units.
+// Stored blocks as dense tiles. Included only from per-ISA units.
 #pragma once
 
 #include "core/format.h"
@@ -10,73 +9,97 @@ namespace {
 
 constexpr int64_t kMaxEdge = 128;
 
-// Expands the packed values of one row of a block: `mask` has bk bits; returns the values consumed.
-template <class T>
-FIPS_INLINE int64_t expand_row(const uint8_t* mask, const T* values, int64_t bk,
-                               Accumulator<T>* out) {
-  int64_t used = 0;
+FIPS_INLINE uint32_t bits_at(const uint8_t* mask, int64_t slot) {
+  uint16_t bits;
+  memcpy(&bits, mask + slot / 8, 2);
+  return bits;
+}
+
+#if defined(__AVX512F__)
+FIPS_INLINE __mmask16 first_lanes(uint32_t count) {
+  return static_cast<__mmask16>((1u << count) - 1u);
+}
+#endif
+
+// Sixteen slots from packed values, zeros where `bits` has none; reads nothing at or past `end`.
+// Returns the values consumed. Moves raw elements, so bfloat16 and float16 share one path.
+template <class E>
+FIPS_INLINE int64_t expand_sixteen(uint32_t bits, const E* packed, const E* end, E* out) {
+  const int64_t left = max_of(0, end - packed);
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-  if constexpr (sizeof(T) <= 4) {
-    for (int64_t k = 0; k < bk; k += 16) {
-      uint16_t bits;
-      memcpy(&bits, mask + k / 8, 2);
-      const int count = __builtin_popcount(bits);
-      // The load is masked to `count` lanes: the last block must not read past the end of the
-      // values.
-      const __mmask16 valid = static_cast<__mmask16>((1u << count) - 1u);
-      __m512 packed;
-      if constexpr (sizeof(T) == 4) {
-        packed = _mm512_maskz_loadu_ps(valid, values + used);
-      } else {
-        const __m256i half = _mm256_maskz_loadu_epi16(valid, values + used);
-        if constexpr (__is_same(T, BFloat16)) {
-          packed = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-        } else {
-          packed = _mm512_cvtph_ps(half);
-        }
-      }
-      _mm512_storeu_ps(out + k, _mm512_maskz_expand_ps(bits, packed));
-      used += count;
+  if constexpr (sizeof(E) == 2 || sizeof(E) == 4) {
+    const int64_t count = __builtin_popcount(bits);
+    const __mmask16 valid = first_lanes(static_cast<uint32_t>(min_of(count, left)));
+    if constexpr (sizeof(E) == 4) {
+      const __m512i values = _mm512_maskz_loadu_epi32(valid, packed);
+      _mm512_storeu_si512(out, _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), values));
+    } else {
+      const __m512i values = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, packed));
+      _mm256_storeu_si256(
+          reinterpret_cast<__m256i*>(out),
+          _mm512_cvtepi32_epi16(_mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), values)));
     }
-    return used;
+    return count;
   }
 #endif
-  for (int64_t k = 0; k < bk; k += 16) {
-    uint16_t bits;
-    memcpy(&bits, mask + k / 8, 2);
-    for (int64_t i = 0; i < 16; ++i) {
-      out[k + i] = 0;
-    }
-    for (uint32_t rest = bits; rest != 0; rest &= rest - 1) {
-      out[k + __builtin_ctz(rest)] = to_accumulator(values[used++]);
-    }
+  int64_t used = 0;
+  for (int64_t i = 0; i < 16; ++i) {
+    out[i] = E{};
+  }
+  for (uint32_t rest = bits; rest != 0 && used < left; rest &= rest - 1) {
+    out[__builtin_ctz(rest)] = packed[used++];
   }
   return used;
 }
 
-// Returns the tile of stored block `b`: the values themselves where they already are one, else
-// `scratch`.
+#if defined(__AVX512VBMI2__)
+// Thirty-two packed values of 16 bits to the slots that `bits` marks. The values come from a
+// register: with a memory operand some processors run this instruction slot by slot.
+FIPS_INLINE __m512i expand_words(uint32_t bits, __m512i values) {
+  asm("" : "+v"(values));
+  return _mm512_maskz_expand_epi16(bits, values);
+}
+
+// Up to thirty-two values of 16 bits, none at or past `end`.
+FIPS_INLINE __m512i load_words(const uint16_t* from, const uint16_t* end) {
+  const int64_t left = max_of(0, end - from);
+  return left >= 32 ? _mm512_loadu_si512(from)
+                    : _mm512_maskz_loadu_epi16((uint32_t{1} << left) - 1u, from);
+}
+#endif
+
+// The slots of a block [bn, bk] lie in one row of bits, and its packed values in the same order.
+template <class E>
+FIPS_INLINE void expand_block(const uint8_t* mask, const E* packed, const E* end, int64_t slots,
+                              E* out) {
+#if defined(__AVX512VBMI2__)
+  if constexpr (sizeof(E) == 2) {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(packed);
+    const uint16_t* limit = reinterpret_cast<const uint16_t*>(end);
+    for (int64_t slot = 0; slot < slots; slot += 32) {
+      uint32_t bits;
+      memcpy(&bits, mask + slot / 8, 4);
+      _mm512_storeu_si512(out + slot, expand_words(bits, load_words(from, limit)));
+      from += __builtin_popcount(bits);
+    }
+    return;
+  }
+#endif
+  for (int64_t slot = 0; slot < slots; slot += 16) {
+    packed += expand_sixteen(bits_at(mask, slot), packed, end, out + slot);
+  }
+}
+
+// Stored block `b` as [bn, bk] elements: the values themselves, or expanded into `scratch`.
 template <class T>
-FIPS_INLINE const Accumulator<T>* load_tile(const BlockSparseView& v, int64_t b,
-                                            Accumulator<T>* scratch) {
+FIPS_INLINE const T* block_elements(const BlockSparseView& v, int64_t b, T* scratch) {
   const T* values = static_cast<const T*>(v.values);
-  if (v.is_bitmap()) {
-    const uint8_t* mask = v.mask + b * v.slots() / 8;
-    const T* packed = values + v.block_ptr[b];
-    for (int64_t j = 0; j < v.bn; ++j) {
-      packed += expand_row(mask + j * v.bk / 8, packed, v.bk, scratch + j * v.bk);
-    }
-    return scratch;
+  if (!v.is_bitmap()) {
+    return values + b * v.slots();
   }
-  const T* block = values + b * v.slots();
-  if constexpr (__is_same(T, Accumulator<T>)) {
-    return block;
-  } else {
-    for (int64_t i = 0; i < v.slots(); ++i) {
-      scratch[i] = to_accumulator(block[i]);
-    }
-    return scratch;
-  }
+  expand_block(v.mask + b * v.slots() / 8, values + v.block_ptr[b], values + v.num_values,
+               v.slots(), scratch);
+  return scratch;
 }
 
 }  // namespace

@@ -2,53 +2,11 @@
 // Raw elements are moved, so bfloat16 and float16 share one path.
 #pragma once
 
-#include "core/format.h"
+#include "kernels/cpu/block_tile.h"
 #include "kernels/cpu/dispatch.h"
-#include "kernels/cpu/vector.h"
 
 namespace fips::cpu::FIPS_ISA {
 namespace {
-
-FIPS_INLINE uint32_t bits_at(const uint8_t* mask, int64_t k) {
-  uint16_t bits;
-  memcpy(&bits, mask + k / 8, 2);
-  return bits;
-}
-
-#if defined(__AVX512F__)
-FIPS_INLINE __mmask16 first_lanes(uint32_t count) {
-  return static_cast<__mmask16>((1u << count) - 1u);
-}
-#endif
-
-// Sixteen slots from packed values, zeros where `bits` has none. Returns the values consumed.
-template <class E>
-FIPS_INLINE int64_t expand_sixteen(uint32_t bits, const E* packed, E* out) {
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-  const uint32_t count = static_cast<uint32_t>(__builtin_popcount(bits));
-  // Loads are masked to `count` lanes: the last block must not read past the end of the values.
-  if constexpr (sizeof(E) == 4) {
-    const __m512i values = _mm512_maskz_loadu_epi32(first_lanes(count), packed);
-    _mm512_storeu_si512(out, _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), values));
-    return count;
-  } else if constexpr (sizeof(E) == 2) {
-    const __m512i values =
-        _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(count), packed));
-    _mm256_storeu_si256(
-        reinterpret_cast<__m256i*>(out),
-        _mm512_cvtepi32_epi16(_mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), values)));
-    return count;
-  }
-#endif
-  int64_t used = 0;
-  for (int64_t i = 0; i < 16; ++i) {
-    out[i] = 0;
-  }
-  for (uint32_t rest = bits; rest != 0; rest &= rest - 1) {
-    out[__builtin_ctz(rest)] = packed[used++];
-  }
-  return used;
-}
 
 // out[i] (+)= the slots of `row` that `bits` marks, packed. Returns the values written.
 template <class T>
@@ -105,7 +63,8 @@ void fill_columns(const BlockSparseView& v, E* out, int64_t begin, int64_t end) 
         }
         E* whole = rows == v.bk ? target : scratch;
         for (int64_t k = 0; k < v.bk; k += 16) {
-          block += expand_sixteen(bits_at(mask + j * v.bk / 8, k), block, whole + k);
+          block += expand_sixteen(bits_at(mask + j * v.bk / 8, k), block, values + v.num_values,
+                                  whole + k);
         }
         if (whole == scratch) {
           memcpy(target, scratch, static_cast<size_t>(rows) * sizeof(E));

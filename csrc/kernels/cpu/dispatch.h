@@ -2,6 +2,7 @@
 // translation unit and namespace; only plain function pointers cross between them.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "kernels/activation.h"
@@ -11,17 +12,36 @@
 
 namespace fips::cpu {
 
-enum class Isa : int32_t { kScalar, kAvx2, kAvx512 };
+// Each includes those before it. kAvx512Bf16 also needs VBMI2; kAmx is AVX-512-BF16 with tiles.
+enum class Isa : int32_t { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+inline constexpr int32_t kIsaCount = 5;
+
+// One product, or one range of its tokens.
+struct MmTask {
+  BlockSparseMmParams params;
+  MmEpilogue epilogue;
+  std::atomic<bool>* stray;     // set when an index points outside
+  int64_t padded;               // inputs, rounded up to whole blocks
+  int64_t group = 0;            // mm_tiled: tokens per task, a multiple of the panel's rows
+  const void* panel = nullptr;  // mm_tiled: packed x
+};
+
+// How mm_tiled wants x: [tokens / rows] panels of [padded * rows] elements.
+struct MmPanel {
+  int64_t rows;
+  int64_t element_size;
+};
 
 struct KernelTable {
-  // block_sparse_mm: tokens per register tile, and the stages (see block_sparse_mm_impl.h).
-  int64_t (*mm_token_tile)(DType dtype);
-  int64_t (*mm_tiles_per_task)(const BlockSparseMmParams& params);
-  void (*mm_pack)(const BlockSparseMmParams& params, void* packed, int64_t begin, int64_t end);
-  void (*mm_tiled)(const BlockSparseMmParams& params, const void* packed, int64_t begin,
-                   int64_t end);
-  void (*mm_stream)(const BlockSparseMmParams& params, const void* rows, int64_t begin,
-                    int64_t end);
+  // block_sparse_mm: mm_stream for up to mm_stream_tokens tokens, mm_tiled for any number.
+  int64_t (*mm_stream_tokens)(const BlockSparseMmParams& params);
+  bool (*mm_stream_in_place)(const MmTask& task);
+  void (*mm_stream_pack)(const MmTask& task, void* rows);
+  void (*mm_stream)(const MmTask& task, int64_t begin, int64_t end);
+  MmPanel (*mm_panel)(DType dtype);
+  int64_t (*mm_max_group)(const MmTask& task);
+  void (*mm_pack)(const MmTask& task, void* panel, int64_t begin, int64_t end);
+  void (*mm_tiled)(const MmTask& task, int64_t begin, int64_t end);
   void (*sddmm)(const BlockSparseSddmmParams& params, int64_t begin, int64_t end);
   void (*fill)(const BlockSparseView& v, void* out, int64_t begin, int64_t end);
   void (*gather)(const GatherParams& params, int64_t begin, int64_t end);
@@ -35,13 +55,13 @@ const char* isa_name(Isa isa);
 Isa detect_isa();
 
 // detect_isa(), or what the environment variable FIPS_CPU_CAPABILITY asks for (scalar, avx2,
-// avx512). Throws when that name is unknown or the processor lacks it. Read at every call, so that
-// tests can switch.
+// avx512, avx512_bf16, amx). Throws when that name is unknown or the processor lacks it. Read at
+// every call, so that tests can switch.
 Isa active_isa();
 
 const KernelTable& kernel_table();
 
-// Most tokens that the decode kernels (mm_stream) take; more go through the tiled kernels.
+// Most tokens that mm_stream can take; the tables may choose less.
 inline constexpr int64_t kStreamTokens = 8;
 
 }  // namespace fips::cpu

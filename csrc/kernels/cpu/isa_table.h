@@ -1,7 +1,7 @@
 // Instantiates every kernel for the instruction set FIPS_ISA; cmake/CpuIsa.cmake sets the compiler
 // flags.
 #include "kernels/cpu/activation_impl.h"
-#include "kernels/cpu/block_sparse_mm_impl.h"
+#include "kernels/cpu/block_sparse_mm_stream.h"
 #include "kernels/cpu/block_sparse_sddmm_impl.h"
 #include "kernels/cpu/dense_fill_impl.h"
 
@@ -9,11 +9,14 @@ namespace fips::cpu::FIPS_ISA {
 
 extern const KernelTable kTable;
 const KernelTable kTable = {
-    mm_token_tile,
-    mm_tiles_per_task,
+    mm_stream_tokens,
+    mm_stream_in_place,
+    mm_stream_pack,
+    mm_stream,
+    mm_panel,
+    mm_max_group,
     mm_pack,
     mm_tiled,
-    mm_stream,
     sddmm,
     fill,
     gather,

@@ -1,0 +1,2 @@
+#define FIPS_ISA amx
+#include "kernels/cpu/isa_table.h"
