@@ -1,6 +1,7 @@
 #include <functional>
 
 #include "kernels/reduce.h"
+#include "kernels/skinny_mm.h"
 #include "torch/mlp.h"
 
 namespace fips {
@@ -20,6 +21,31 @@ Tensor checked_base(const Tensor& base, const Tensor& x, const char* name) {
 // Rows of the slices over `base`: its columns, and d more for the identity part.
 int64_t slice_rows(const Tensor& base, bool identity) {
   return base.size(1) + (identity ? base.size(0) : 0);
+}
+
+// x U, or x U^T + bias with `transpose`, for x [tokens, features] with contiguous features.
+Tensor base_product(const Tensor& x, const Tensor& base, bool transpose,
+                    const OptionalTensor& bias = std::nullopt) {
+  if (x.size(0) == 0 || x.size(0) > cpu::kSkinnyTokens || base.numel() == 0) {
+    return transpose ? call_aten("aten::linear", "", x, base, bias)[0]
+                     : torch::stable::matmul(x, base);
+  }
+  SkinnyMmParams p;
+  p.dtype = dtype_of(base, "base");
+  p.matrix = base.const_data_ptr();
+  p.rows = base.size(0);
+  p.cols = base.size(1);
+  p.transpose = transpose;
+  p.x = x.const_data_ptr();
+  p.tokens = x.size(0);
+  p.x_stride = x.stride(0);
+  const Tensor dense_bias = bias.has_value() ? torch::stable::contiguous(*bias) : Tensor();
+  p.bias = bias.has_value() ? dense_bias.const_data_ptr() : nullptr;
+  const Tensor out = make_empty(x, {p.tokens, transpose ? p.rows : p.cols});
+  p.out = out.mutable_data_ptr();
+  const Tensor workspace = make_empty(x, {cpu::skinny_mm_workspace(p)}, ScalarType::Byte);
+  cpu::skinny_mm(p, workspace.mutable_data_ptr(), kTorchThreads);
+  return out;
 }
 
 void add_product(const Tensor& sums, const Tensor& a, const Tensor& b) {
@@ -74,12 +100,12 @@ int64_t Mlp::chunk_tokens() const {
 
 Tensor Mlp::project_in(const Tensor& x, const Tensor& base) const {
   if (!identity_) {
-    return torch::stable::matmul(x, base);
+    return base_product(x, base, false);
   }
   if (base.size(1) == 0) {
     return x;
   }
-  return call_aten("aten::cat", "", TensorList{torch::stable::matmul(x, base), x}, int64_t{1})[0];
+  return call_aten("aten::cat", "", TensorList{base_product(x, base, false), x}, int64_t{1})[0];
 }
 
 Mlp::Hidden Mlp::pre_activations(const Tensor& x) const {
@@ -97,7 +123,7 @@ Tensor Mlp::forward(const Tensor& x) const {
   const Tensor& base = out_base();
   const int64_t rank = base.size(1);
   if (!identity_) {
-    return call_aten("aten::linear", "", w, base, down_bias_)[0];
+    return base_product(w, base, true, down_bias_);
   }
   // y = w_U U^T + b + w_I
   Tensor y = torch::stable::contiguous(columns(w, rank, width_));

@@ -9,6 +9,7 @@
 #include <atomic>
 
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/epilogue.h"
 #include "kernels/cpu/multiply_bfloat16.h"
 #include "kernels/cpu/multiply_vector.h"
@@ -171,20 +172,6 @@ class EdgeTask {
   alignas(64) Weight tiles_[kTileElements];
   alignas(64) T scratch_[kMaxEdge * kMaxEdge];
 };
-
-template <class F>
-FIPS_INLINE auto with_element_type(DType dtype, F&& body) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return body(double{});
-    case DType::kBFloat16:
-      return body(BFloat16{});
-    case DType::kFloat16:
-      return body(Half{});
-    default:
-      return body(float{});
-  }
-}
 
 MmPanel mm_panel(DType dtype) {
   return with_element_type(dtype, [](auto element) -> MmPanel {

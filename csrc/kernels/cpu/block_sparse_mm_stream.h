@@ -46,7 +46,7 @@ FIPS_INLINE void fold(StreamSums<A>& sums, int64_t tokens, int64_t outputs) {
       }
 #endif
       for (int64_t i = 0; i < 16; ++i) {
-        out[i] = horizontal_sum<A>(in[i]);
+        out[i] = sum_lanes<A>(in[i]);
       }
     }
   }

@@ -9,6 +9,7 @@
 #include "kernels/block_sparse_mm.h"
 #include "kernels/block_sparse_sddmm.h"
 #include "kernels/dense_fill.h"
+#include "kernels/skinny_mm.h"
 
 namespace fips::cpu {
 
@@ -42,6 +43,8 @@ struct KernelTable {
   int64_t (*mm_max_group)(const MmTask& task);
   void (*mm_pack)(const MmTask& task, void* panel, int64_t begin, int64_t end);
   void (*mm_tiled)(const MmTask& task, int64_t begin, int64_t end);
+  void (*skinny_pack)(const SkinnyMmParams& params, void* packed);
+  void (*skinny_mm)(const SkinnyMmParams& params, const void* packed, int64_t begin, int64_t end);
   void (*sddmm)(const BlockSparseSddmmParams& params, int64_t begin, int64_t end);
   void (*fill)(const BlockSparseView& v, void* out, int64_t begin, int64_t end);
   void (*gather)(const GatherParams& params, int64_t begin, int64_t end);

@@ -4,6 +4,7 @@
 #include "kernels/cpu/block_sparse_mm_stream.h"
 #include "kernels/cpu/block_sparse_sddmm_impl.h"
 #include "kernels/cpu/dense_fill_impl.h"
+#include "kernels/cpu/skinny_mm_impl.h"
 
 namespace fips::cpu::FIPS_ISA {
 
@@ -17,6 +18,8 @@ const KernelTable kTable = {
     mm_max_group,
     mm_pack,
     mm_tiled,
+    skinny_pack,
+    skinny_mm,
     sddmm,
     fill,
     gather,

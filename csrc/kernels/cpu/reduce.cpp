@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "core/math.h"
+#include "kernels/cpu/element_type.h"
 
 namespace fips::cpu {
 namespace {
@@ -10,20 +11,6 @@ namespace {
 constexpr int64_t kGrain = 32768;
 constexpr int64_t kSumChunk =
     4096;  // fixed, so that a sum does not depend on the number of threads
-
-template <class F>
-void with_element_type(DType dtype, const F& body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float{});
-    case DType::kFloat64:
-      return body(double{});
-    case DType::kBFloat16:
-      return body(BFloat16{});
-    case DType::kFloat16:
-      return body(Half{});
-  }
-}
 
 }  // namespace
 

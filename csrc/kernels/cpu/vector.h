@@ -49,7 +49,12 @@ FIPS_INLINE void store(A* p, Vector<A> v) {
 }
 
 template <class A>
-FIPS_INLINE A horizontal_sum(Vector<A> v) {
+FIPS_INLINE A sum_lanes(Vector<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (__is_same(A, float)) {
+    return _mm512_reduce_add_ps(v);
+  }
+#endif
   A sum = 0;
   for (int64_t i = 0; i < kLanes<A>; ++i) {
     sum += v[i];
