@@ -1,311 +1,24 @@
-// block_sparse_mm for one instruction set: a few tokens. Every stored byte is read once, in order,
-// and used where it lands, so that the time is that of the bytes. A task is an output edge; k,
-// contiguous in a block, is the vector dimension in both directions.
+// block_sparse_mm for one instruction set: a few tokens. A task is an output edge.
 #pragma once
 
+#include <optional>
+
 #include "kernels/cpu/block_sparse_mm_impl.h"
+#include "kernels/cpu/stream_blocks.h"
 
 namespace fips::cpu::FIPS_ISA {
 namespace {
 
-// Partial sums of up to kStreamTokens tokens: vectors per output (forward, folded at the end of an
-// edge), or one number per output (transposed).
-template <class A>
-struct StreamSums {
-  alignas(64) Vector<A> partial[kStreamTokens][kMaxEdge];
-  alignas(64) A total[kStreamTokens][kMaxEdge];
-};
-
-// total[t][j] = the sum of the lanes of partial[t][j].
-template <class A>
-FIPS_INLINE void fold(StreamSums<A>& sums, int64_t tokens, int64_t outputs) {
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t j = 0; j < outputs; j += 16) {
-      const Vector<A>* in = sums.partial[t] + j;
-      A* out = sums.total[t] + j;
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-      if constexpr (__is_same(A, float)) {
-        // Each round halves the vectors: neighbours are interleaved and added.
-        __m512 v[16];
-        for (int64_t i = 0; i < 8; ++i) {
-          v[i] = _mm512_add_ps(_mm512_unpacklo_ps(in[2 * i], in[2 * i + 1]),
-                               _mm512_unpackhi_ps(in[2 * i], in[2 * i + 1]));
-        }
-        for (int64_t i = 0; i < 4; ++i) {
-          const __m512d a = _mm512_castps_pd(v[2 * i]), b = _mm512_castps_pd(v[2 * i + 1]);
-          v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
-                               _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-        }
-        for (int64_t i = 0; i < 2; ++i) {
-          v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88),
-                               _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
-        }
-        _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88),
-                                            _mm512_shuffle_f32x4(v[0], v[1], 0xdd)));
-        continue;
-      }
+// Whether the tile registers take part: 2 to 16 tokens of bfloat16 and blocks of 32 or 64.
+bool streams_tiles([[maybe_unused]] const BlockSparseMmParams& p) {
+#if defined(__AMX_BF16__)
+  auto fits = [](int64_t edge) { return edge == 32 || edge == 64; };
+  return p.v.dtype == DType::kBFloat16 && p.tokens > 1 && p.tokens <= kStreamTokens &&
+         fits(p.v.bk) && fits(p.v.bn);
+#else
+  return false;
 #endif
-      for (int64_t i = 0; i < 16; ++i) {
-        out[i] = sum_lanes<A>(in[i]);
-      }
-    }
-  }
 }
-
-// Streams blocks in the accumulator type.
-template <class T>
-class StreamVectors {
- public:
-  using A = Accumulator<T>;
-  using Element = A;
-
-  void dot(const BlockSparseView& v, int64_t b, const A* x, int64_t x_stride, int64_t tokens,
-           StreamSums<A>& sums) {
-    const A* weights = block(v, b);
-    for (int64_t j = 0; j < v.bn; ++j, weights += v.bk) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        Vector<A> sum = sums.partial[t][j];
-        for (int64_t k = 0; k < v.bk; k += kLanes<A>) {
-          sum += load(weights + k) * load(x + t * x_stride + k);
-        }
-        sums.partial[t][j] = sum;
-      }
-    }
-  }
-
-  void scale(const BlockSparseView& v, int64_t b, const A* x, int64_t x_stride, int64_t tokens,
-             StreamSums<A>& sums) {
-    const A* weights = block(v, b);
-    for (int64_t t = 0; t < tokens; ++t) {
-      int64_t k = 0;
-      for (; k + 4 * kLanes<A> <= v.bk; k += 4 * kLanes<A>) {
-        scale_columns<4>(v, weights + k, x + t * x_stride, sums.total[t] + k);
-      }
-      for (; k < v.bk; k += kLanes<A>) {
-        scale_columns<1>(v, weights + k, x + t * x_stride, sums.total[t] + k);
-      }
-    }
-  }
-
-  void finish_scale(int64_t /*tokens*/, int64_t /*outputs*/, StreamSums<A>& /*sums*/) const {}
-
- private:
-  const A* block(const BlockSparseView& v, int64_t b) {
-    const T* elements = block_elements(v, b, elements_);
-    if constexpr (__is_same(T, A)) {
-      return elements;
-    } else {
-      for (int64_t i = 0; i < v.slots(); ++i) {
-        converted_[i] = to_accumulator(elements[i]);
-      }
-      return converted_;
-    }
-  }
-
-  template <int64_t kWidth>
-  FIPS_INLINE void scale_columns(const BlockSparseView& v, const A* weights, const A* x, A* sums) {
-    Vector<A> acc[kWidth];
-    for (int64_t u = 0; u < kWidth; ++u) {
-      acc[u] = load(sums + u * kLanes<A>);
-    }
-    for (int64_t j = 0; j < v.bn; ++j) {
-      for (int64_t u = 0; u < kWidth; ++u) {
-        acc[u] += x[j] * load(weights + j * v.bk + u * kLanes<A>);
-      }
-    }
-    for (int64_t u = 0; u < kWidth; ++u) {
-      store<A>(sums + u * kLanes<A>, acc[u]);
-    }
-  }
-
-  alignas(64) T elements_[kMaxEdge * kMaxEdge];
-  alignas(64) A converted_[__is_same(T, A) ? 1 : kMaxEdge * kMaxEdge];
-};
-
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-// Streams bfloat16 in vectors of 32, expanded in registers where they are packed; blocks at least
-// 32 deep.
-class StreamPairs {
- public:
-  using A = float;
-  using Element = BFloat16;
-
-  void dot(const BlockSparseView& v, int64_t b, const BFloat16* x, int64_t x_stride, int64_t tokens,
-           StreamSums<float>& sums) {
-    with_width(v, [&](auto width) { dot_rows<width>(v, b, x, x_stride, tokens, sums); });
-  }
-
-  void scale(const BlockSparseView& v, int64_t b, const BFloat16* x, int64_t x_stride,
-             int64_t tokens, StreamSums<float>& sums) {
-    with_width(v, [&](auto width) { scale_rows<width>(v, b, x, x_stride, tokens, sums); });
-  }
-
-  // Interleaving two rows inside 128-bit lanes left outputs 0-3, 8-11, ... in one vector and 4-7,
-  // 12-15, ... in the next.
-  void finish_scale(int64_t tokens, int64_t outputs, StreamSums<float>& sums) const {
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t k = 0; k < outputs; k += 32) {
-        const __m512 low = _mm512_load_ps(sums.total[t] + k);
-        const __m512 high = _mm512_load_ps(sums.total[t] + k + 16);
-        _mm512_store_ps(sums.total[t] + k, _mm512_permutex2var_ps(low, first, high));
-        _mm512_store_ps(sums.total[t] + k + 16, _mm512_permutex2var_ps(low, second, high));
-      }
-    }
-  }
-
- private:
-  // Calls `body` with the number of vectors in a row of a block, as a constant.
-  template <class F>
-  FIPS_INLINE void with_width(const BlockSparseView& v, F&& body) {
-    switch (v.bk) {
-      case 32:
-        return body(std::integral_constant<int64_t, 1>{});
-      case 64:
-        return body(std::integral_constant<int64_t, 2>{});
-      default:
-        return body(std::integral_constant<int64_t, 4>{});
-    }
-  }
-
-  // Calls `body` with a function that returns the next 32 slots of the block.
-  template <class F>
-  FIPS_INLINE void read(const BlockSparseView& v, int64_t b, F&& body) {
-    const uint16_t* values = static_cast<const uint16_t*>(v.values);
-    if (!v.is_bitmap()) {
-      const uint16_t* from = values + b * v.slots();
-      body([&]() __attribute__((always_inline)) {
-        const __m512i slots = _mm512_loadu_si512(from);
-        from += 32;
-        return slots;
-      });
-      return;
-    }
-    const uint16_t* from = values + v.block_ptr[b];
-    const uint16_t* end = values + v.num_values;
-    const uint8_t* mask = v.mask + b * v.slots() / 8;
-    auto expand = [&](auto load_values) {
-      body([&]() __attribute__((always_inline)) {
-        uint32_t bits;
-        memcpy(&bits, mask, sizeof bits);
-        mask += sizeof bits;
-        const __m512i slots = expand_words(bits, load_values(from));
-        from += __builtin_popcount(bits);
-        return slots;
-      });
-    };
-    // Only the last blocks are so near the end that a whole vector could pass it, whatever the
-    // mask.
-    if (end - from >= v.slots() + 32) {
-      expand([](const uint16_t* p)
-                 __attribute__((always_inline)) { return _mm512_loadu_si512(p); });
-    } else {
-      expand([end](const uint16_t* p)
-                 __attribute__((always_inline)) { return load_words(p, end); });
-    }
-  }
-
-  template <int64_t kVectors>
-  FIPS_INLINE void dot_rows(const BlockSparseView& v, int64_t b, const BFloat16* x,
-                            int64_t x_stride, int64_t tokens, StreamSums<float>& sums) {
-    read(v, b, [&](auto next) {
-      if (tokens == 1) {
-        __m512bh in[kVectors];
-        for (int64_t u = 0; u < kVectors; ++u) {
-          in[u] = as_pairs(_mm512_loadu_si512(x + 32 * u));
-        }
-        for (int64_t j = 0; j < v.bn; ++j) {
-          __m512 sum = sums.partial[0][j];
-          for (int64_t u = 0; u < kVectors; ++u) {
-            sum = _mm512_dpbf16_ps(sum, as_pairs(next()), in[u]);
-          }
-          sums.partial[0][j] = sum;
-        }
-        return;
-      }
-      for (int64_t j = 0; j < v.bn; ++j) {
-        __m512bh weight[kVectors];
-        for (int64_t u = 0; u < kVectors; ++u) {
-          weight[u] = as_pairs(next());
-        }
-        for (int64_t t = 0; t < tokens; ++t) {
-          __m512 sum = sums.partial[t][j];
-          for (int64_t u = 0; u < kVectors; ++u) {
-            sum = _mm512_dpbf16_ps(sum, weight[u],
-                                   as_pairs(_mm512_loadu_si512(x + t * x_stride + 32 * u)));
-          }
-          sums.partial[t][j] = sum;
-        }
-      }
-    });
-  }
-
-  template <int64_t kVectors>
-  FIPS_INLINE void scale_rows(const BlockSparseView& v, int64_t b, const BFloat16* x,
-                              int64_t x_stride, int64_t tokens, StreamSums<float>& sums) {
-    read(v, b, [&](auto next) {
-      if (tokens == 1) {
-        scale_rows_of<kVectors, 1>(v, next, x, x_stride, 1, sums);
-      } else {
-        scale_rows_of<kVectors, 0>(v, next, x, x_stride, tokens, sums);
-      }
-    });
-  }
-
-  // kTokens == 1 keeps the sums in registers; 0 leaves them in memory, for any number.
-  template <int64_t kVectors, int64_t kTokens, class Next>
-  FIPS_INLINE void scale_rows_of(const BlockSparseView& v, Next& next, const BFloat16* x,
-                                 int64_t x_stride, int64_t tokens, StreamSums<float>& sums) {
-    __m512 acc[2 * kVectors];
-    if constexpr (kTokens == 1) {
-      for (int64_t u = 0; u < 2 * kVectors; ++u) {
-        acc[u] = _mm512_load_ps(sums.total[0] + 16 * u);
-      }
-    }
-    for (int64_t j = 0; j < v.bn; j += 2) {
-      __m512i row[2 * kVectors];
-      for (int64_t u = 0; u < 2 * kVectors; ++u) {
-        row[u] = next();
-      }
-      __m512bh weight[2 * kVectors];
-      for (int64_t u = 0; u < kVectors; ++u) {
-        weight[2 * u] = as_pairs(_mm512_unpacklo_epi16(row[u], row[kVectors + u]));
-        weight[2 * u + 1] = as_pairs(_mm512_unpackhi_epi16(row[u], row[kVectors + u]));
-      }
-      for (int64_t t = 0; t < (kTokens == 1 ? 1 : tokens); ++t) {
-        int32_t pair;
-        memcpy(&pair, x + t * x_stride + j, sizeof pair);
-        const __m512bh value = as_pairs(_mm512_set1_epi32(pair));
-        for (int64_t u = 0; u < 2 * kVectors; ++u) {
-          if constexpr (kTokens == 1) {
-            acc[u] = _mm512_dpbf16_ps(acc[u], value, weight[u]);
-          } else {
-            float* sum = sums.total[t] + 16 * u;
-            _mm512_store_ps(sum, _mm512_dpbf16_ps(_mm512_load_ps(sum), value, weight[u]));
-          }
-        }
-      }
-    }
-    if constexpr (kTokens == 1) {
-      for (int64_t u = 0; u < 2 * kVectors; ++u) {
-        _mm512_store_ps(sums.total[0] + 16 * u, acc[u]);
-      }
-    }
-  }
-};
-#endif
-
-template <class T>
-struct StreamOf {
-  using type = StreamVectors<T>;
-};
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-template <>
-struct StreamOf<BFloat16> {
-  using type = StreamPairs;
-};
-#endif
 
 template <class T, bool kTranspose>
 class StreamTask {
@@ -315,7 +28,13 @@ class StreamTask {
                 "both kinds of kernel read the same panel of x");
 
  public:
-  explicit StreamTask(const MmTask& task) : task_(task) {}
+  explicit StreamTask(const MmTask& task) : task_(task) {
+#if defined(__AMX_BF16__)
+    if (streams_tiles(task.params)) {
+      tiles_.emplace(kTranspose, task.params.tokens);
+    }
+#endif
+  }
 
   void run(int64_t edge) {
     const BlockSparseMmParams& p = task_.params;
@@ -336,6 +55,18 @@ class StreamTask {
     const BlockSparseMmParams& p = task_.params;
     const auto* x = static_cast<const typename Stream::Element*>(p.x);
     const EdgeBlocks blocks(v, kTranspose, edge, task_.stray);
+#if defined(__AMX_BF16__)
+    if constexpr (__is_same(T, BFloat16)) {
+      if (tiles_.has_value()) {
+        tiles_->begin_edge();
+        blocks.for_each([&](int64_t block, int64_t input) {
+          tiles_->add(v, block, x + input * (kTranspose ? 1 : p.tokens), p.x_stride);
+        });
+        tiles_->end_edge(out_edge, sums);
+        return;
+      }
+    }
+#endif
     for (int64_t t = 0; t < p.tokens; ++t) {
       if constexpr (kTranspose) {
         memset(sums.total[t], 0, sizeof sums.total[t]);
@@ -359,6 +90,9 @@ class StreamTask {
 
   const MmTask& task_;
   Stream stream_;
+#if defined(__AMX_BF16__)
+  std::optional<StreamTiles> tiles_;
+#endif
   StreamSums<A> up_, gate_;
 };
 
@@ -369,14 +103,15 @@ int64_t mm_stream_tokens([[maybe_unused]] const BlockSparseMmParams& p) {
     return 0;
   }
 #endif
-  return kStreamTokens;
+  return streams_tiles(p) ? kStreamTokens : kVectorTokens;
 }
 
 // Whether mm_stream can read x in place: it neither converts nor checks for the end of a row.
 template <class T>
 bool streams_in_place(const MmTask& task) {
   return __is_same(typename StreamOf<T>::type::Element, T) &&
-         task.padded == task.params.in_features();
+         task.padded == task.params.in_features() &&
+         (task.params.transpose || !streams_tiles(task.params));
 }
 
 bool mm_stream_in_place(const MmTask& task) {
@@ -391,6 +126,14 @@ void mm_stream_pack(const MmTask& task, void* rows) {
     using T = decltype(element);
     using Element = typename StreamOf<T>::type::Element;
     const int64_t features = p.in_features();
+#if defined(__AMX_BF16__)
+    if constexpr (__is_same(T, BFloat16)) {
+      if (!p.transpose && streams_tiles(p)) {
+        return StreamTiles::pack(static_cast<const T*>(p.x), p.x_stride, p.tokens, features,
+                                 task.padded, static_cast<T*>(rows));
+      }
+    }
+#endif
     for (int64_t t = 0; t < p.tokens; ++t) {
       const T* in = static_cast<const T*>(p.x) + t * p.x_stride;
       Element* out = static_cast<Element*>(rows) + t * task.padded;

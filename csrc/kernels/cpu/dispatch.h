@@ -64,7 +64,7 @@ Isa active_isa();
 
 const KernelTable& kernel_table();
 
-// Most tokens that mm_stream can take; the tables may choose less.
-inline constexpr int64_t kStreamTokens = 8;
+// Most tokens that mm_stream can take, with and without tile registers; the tables may choose less.
+inline constexpr int64_t kStreamTokens = 16, kVectorTokens = 8;
 
 }  // namespace fips::cpu

@@ -96,6 +96,12 @@ class PairRows {
 #endif
 
 #if defined(__AMX_BF16__)
+struct alignas(64) TileConfiguration {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
 // tdpbf16ps on tiles of 16 x 32 and 32 x 16, two by two; 16 inputs at a time for blocks that
 // narrow. The panel is [inputs / step][kRows][step]. Tile registers: 0-3 sums, 4-5 rows of x, 6-7
 // weights. An object owns the tile configuration of its thread.
@@ -145,18 +151,12 @@ class AmxRows {
   }
 
  private:
-  struct alignas(64) Configuration {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  };
-
   void configure() {
     if (configured_) {
       return;
     }
     configured_ = true;
-    Configuration c;
+    TileConfiguration c;
     for (int64_t tile = 0; tile < 8; ++tile) {
       c.row_bytes[tile] = 64;
       c.rows[tile] = 16;
