@@ -13,20 +13,22 @@ struct SkinnyMmParams {
   DType dtype = DType::kFloat32;
   const void* matrix = nullptr;  // [rows, cols] contiguous
   int64_t rows = 0, cols = 0;
-  bool transpose = false;   // false: out = x * matrix, [tokens, rows] -> [tokens, cols]
-                            // true: out = x * matrix^T + bias, [tokens, cols] -> [tokens, rows]
+  bool transpose =
+      false;  // false: out = x * matrix, [tokens, rows] -> [tokens, cols]
+              // true: out = x * matrix^T + bias + addend, [tokens, cols] -> [tokens, rows]
   const void* x = nullptr;  // [tokens, features]
-  int64_t tokens = 0;       // at most cpu::kSkinnyTokens
+  int64_t tokens = 0;       // meant for few
   int64_t x_stride = 0;
-  const void* bias = nullptr;  // only with transpose
-  void* out = nullptr;         // [tokens, outputs] contiguous
+  const void* bias = nullptr;    // only with transpose
+  const void* addend = nullptr;  // only with transpose: [tokens, rows]
+  int64_t addend_stride = 0;
+  void* out = nullptr;  // [tokens, outputs]
+  int64_t out_stride = 0;
 
   int64_t in_features() const { return transpose ? cols : rows; }
 };
 
 namespace cpu {
-
-inline constexpr int64_t kSkinnyTokens = 8;
 
 // Bytes of scratch memory (64-byte aligned, any content).
 int64_t skinny_mm_workspace(const SkinnyMmParams& params);

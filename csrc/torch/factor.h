@@ -20,6 +20,12 @@ class Factor {
   const BlockSparseView& view() const { return slice_.view; }
   const Tensor& values() const { return slice_.values(); }
 
+  // Whether one kernel can multiply by both at once.
+  bool is_like(const Factor& other) const {
+    return view().bk == other.view().bk && view().bn == other.view().bn &&
+           view().is_bitmap() == other.view().is_bitmap();
+  }
+
   // Validates every index, once. Products of a few tokens do without: they would spend a good part
   // of their time on it, and their kernels are safe with any index.
   void verify() const;

@@ -47,7 +47,7 @@ Tensor Factor::run(const Tensor& x, bool transpose, const OptionalTensor& bias, 
     if (!t.has_value()) {
       return nullptr;
     }
-    keep_alive.push_back(torch::stable::contiguous(*t));
+    keep_alive.push_back(contiguous_of(*t));
     return keep_alive.back().const_data_ptr();
   };
   p.x = x.const_data_ptr();
@@ -88,11 +88,7 @@ Tensor Factor::mm(const Tensor& x, bool transpose, const OptionalTensor& bias) c
 Tensor Factor::mm_activated(const Tensor& x, const OptionalTensor& bias, const Factor* gate,
                             const OptionalTensor& gate_bias, Activation activation) const {
   const int64_t tokens = x.size(0);
-  auto alike = [](const BlockSparseView& a, const BlockSparseView& b) {
-    return a.bk == b.bk && a.bn == b.bn && a.is_bitmap() == b.is_bitmap();
-  };
-  if (is_sparse(tokens) &&
-      (gate == nullptr || (gate->is_sparse(tokens) && alike(view(), gate->view())))) {
+  if (is_sparse(tokens) && (gate == nullptr || (gate->is_sparse(tokens) && is_like(*gate)))) {
     return run(x, false, bias, gate, gate_bias, activation);
   }
   const Tensor up = mm(x, false, bias);

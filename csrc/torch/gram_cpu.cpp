@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> batched_gram_eigh(const Tensor& w, double damping) {
   const auto [values, vectors] = call_aten<2>("aten::linalg_eigh", "", gram, std::string("L"));
   const std::vector<int64_t> last{-1};  // ascending to descending
   return {call_aten("aten::flip", "", values, last)[0],
-          torch::stable::contiguous(call_aten("aten::flip", "", vectors, last)[0])};
+          contiguous_of(call_aten("aten::flip", "", vectors, last)[0])};
 }
 
 }  // namespace

@@ -30,6 +30,11 @@ class Mlp {
   // y [t, d] for x [t, d].
   Tensor forward(const Tensor& x) const;
 
+  // The same for a few tokens, contiguous, without allocating: the time of a token at a time is
+  // that of reading the weights, and nothing else may show. The gate must be laid out like up_.
+  bool is_few(int64_t tokens) const;
+  void forward_few(const void* x, int64_t tokens, void* y) const;
+
   MlpGradients zero_gradients(const Tensor& like) const;
 
   // Adds the gradients of one range of tokens; returns dx, or nothing when `need_dx` is false.

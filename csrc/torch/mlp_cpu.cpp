@@ -1,8 +1,10 @@
 #include <functional>
 
+#include "kernels/block_sparse_mm.h"
 #include "kernels/reduce.h"
 #include "kernels/skinny_mm.h"
 #include "torch/mlp.h"
+#include "torch/scratch.h"
 
 namespace fips {
 namespace {
@@ -15,7 +17,7 @@ Tensor checked_base(const Tensor& base, const Tensor& x, const char* name) {
   check_like(base, x, name);
   FIPS_CHECK(base.dim() == 2 && base.size(0) == last_dim(x, "x"), name, ": expected shape [",
              last_dim(x, "x"), ", r] to match x, got ", shape_of(base));
-  return torch::stable::contiguous(base);
+  return contiguous_of(base);
 }
 
 // Rows of the slices over `base`: its columns, and d more for the identity part.
@@ -23,29 +25,12 @@ int64_t slice_rows(const Tensor& base, bool identity) {
   return base.size(1) + (identity ? base.size(0) : 0);
 }
 
-// x U, or x U^T + bias with `transpose`, for x [tokens, features] with contiguous features.
-Tensor base_product(const Tensor& x, const Tensor& base, bool transpose,
-                    const OptionalTensor& bias = std::nullopt) {
-  if (x.size(0) == 0 || x.size(0) > cpu::kSkinnyTokens || base.numel() == 0) {
-    return transpose ? call_aten("aten::linear", "", x, base, bias)[0]
-                     : torch::stable::matmul(x, base);
-  }
-  SkinnyMmParams p;
-  p.dtype = dtype_of(base, "base");
-  p.matrix = base.const_data_ptr();
-  p.rows = base.size(0);
-  p.cols = base.size(1);
-  p.transpose = transpose;
-  p.x = x.const_data_ptr();
-  p.tokens = x.size(0);
-  p.x_stride = x.stride(0);
-  const Tensor dense_bias = bias.has_value() ? torch::stable::contiguous(*bias) : Tensor();
-  p.bias = bias.has_value() ? dense_bias.const_data_ptr() : nullptr;
-  const Tensor out = make_empty(x, {p.tokens, transpose ? p.rows : p.cols});
-  p.out = out.mutable_data_ptr();
-  const Tensor workspace = make_empty(x, {cpu::skinny_mm_workspace(p)}, ScalarType::Byte);
-  cpu::skinny_mm(p, workspace.mutable_data_ptr(), kTorchThreads);
-  return out;
+const void* pointer_of(const OptionalTensor& t) {
+  return t.has_value() ? t->const_data_ptr() : nullptr;
+}
+
+OptionalTensor optional_contiguous(const OptionalTensor& t) {
+  return t.has_value() ? OptionalTensor(contiguous_of(*t)) : std::nullopt;
 }
 
 void add_product(const Tensor& sums, const Tensor& a, const Tensor& b) {
@@ -81,9 +66,9 @@ Mlp::Mlp(const Tensor& x, const Tensor& base, const OptionalTensor& base_out, co
       down_(slice_of(down, slice_rows(base_out.has_value() ? *base_out : base, identity), hidden, x,
                      "down"),
             "down"),
-      up_bias_(up_bias),
-      gate_bias_(gate_bias),
-      down_bias_(down_bias) {
+      up_bias_(optional_contiguous(up_bias)),
+      gate_bias_(optional_contiguous(gate_bias)),
+      down_bias_(optional_contiguous(down_bias)) {
   if (gate.has_value()) {
     gate_.emplace(slice_of(*gate, slice_rows(base, identity), hidden, x, "gate"), "gate");
   }
@@ -100,12 +85,12 @@ int64_t Mlp::chunk_tokens() const {
 
 Tensor Mlp::project_in(const Tensor& x, const Tensor& base) const {
   if (!identity_) {
-    return base_product(x, base, false);
+    return torch::stable::matmul(x, base);
   }
   if (base.size(1) == 0) {
     return x;
   }
-  return call_aten("aten::cat", "", TensorList{base_product(x, base, false), x}, int64_t{1})[0];
+  return call_aten("aten::cat", "", TensorList{torch::stable::matmul(x, base), x}, int64_t{1})[0];
 }
 
 Mlp::Hidden Mlp::pre_activations(const Tensor& x) const {
@@ -123,15 +108,97 @@ Tensor Mlp::forward(const Tensor& x) const {
   const Tensor& base = out_base();
   const int64_t rank = base.size(1);
   if (!identity_) {
-    return base_product(w, base, true, down_bias_);
+    return call_aten("aten::linear", "", w, base, down_bias_)[0];
   }
   // y = w_U U^T + b + w_I
-  Tensor y = torch::stable::contiguous(columns(w, rank, width_));
+  Tensor y = contiguous_of(columns(w, rank, width_));
   if (rank > 0) {
     y = torch::stable::subtract(y, torch::stable::matmul(columns(w, 0, rank), transposed(base)),
                                 -1.0);
   }
   return down_bias_.has_value() ? torch::stable::subtract(y, *down_bias_, -1.0) : y;
+}
+
+bool Mlp::is_few(int64_t tokens) const {
+  constexpr int64_t kFewTokens = 16;
+  return tokens > 0 && tokens <= kFewTokens && (!gate_.has_value() || up_.is_like(*gate_));
+}
+
+void Mlp::forward_few(const void* x, int64_t tokens, void* y) const {
+  const Tensor& base_out = out_base();
+  const int64_t size = element_size(dtype()), rank = base_.size(1), rank_out = base_out.size(1);
+  const int64_t z_stride = up_.view().rows, hidden = up_.view().cols;
+  const int64_t w_stride = down_.view().rows;
+
+  SkinnyMmParams in;  // z = [x U, x]
+  in.dtype = dtype();
+  in.matrix = base_.const_data_ptr();
+  in.rows = width_;
+  in.cols = rank;
+  in.x = x;
+  in.tokens = tokens;
+  in.x_stride = width_;
+  in.out_stride = z_stride;
+
+  BlockSparseMmParams up;  // h = act(z V_up) or act(z V_gate) * (z V_up)
+  up.v = up_.view();
+  up.tokens = tokens;
+  up.x_stride = z_stride;
+  up.bias = pointer_of(up_bias_);
+  up.out_stride = hidden;
+  MmEpilogue epilogue;
+  epilogue.activation = activation_;
+  epilogue.gate = gate_.has_value() ? &gate_->view() : nullptr;
+  epilogue.gate_bias = pointer_of(gate_bias_);
+
+  BlockSparseMmParams down;  // w = h V_down^T
+  down.v = down_.view();
+  down.transpose = true;
+  down.tokens = tokens;
+  down.x_stride = hidden;
+  down.out_stride = w_stride;
+
+  SkinnyMmParams out = in;  // y = w_U U^T + bias + w_I
+  out.matrix = base_out.const_data_ptr();
+  out.transpose = true;
+  out.cols = rank_out;
+  out.x_stride = w_stride;
+  out.bias = pointer_of(down_bias_);
+  out.addend_stride = w_stride;
+  out.out = y;
+  out.out_stride = width_;
+
+  ScratchPlan plan;
+  const int64_t z_at = plan.add(tokens * z_stride * size);
+  const int64_t h_at = plan.add(tokens * hidden * size);
+  const int64_t w_at = plan.add(tokens * w_stride * size);
+  const int64_t work_at = plan.add(
+      max_of(max_of(cpu::skinny_mm_workspace(in), cpu::skinny_mm_workspace(out)),
+             max_of(cpu::block_sparse_mm_workspace(up), cpu::block_sparse_mm_workspace(down))));
+  char* scratch = thread_scratch(plan.bytes());
+  char* work = scratch + work_at;
+  in.out = scratch + z_at;
+  up.x = scratch + z_at;
+  up.out = scratch + h_at;
+  down.x = scratch + h_at;
+  down.out = scratch + w_at;
+  out.x = scratch + w_at;
+  out.addend = identity_ ? scratch + w_at + rank_out * size : nullptr;
+
+  cpu::skinny_mm(in, work, kTorchThreads);
+  for (int64_t t = 0; identity_ && t < tokens; ++t) {
+    memcpy(scratch + z_at + (t * z_stride + rank) * size,
+           static_cast<const char*>(x) + t * width_ * size, static_cast<size_t>(width_ * size));
+  }
+  if (!cpu::block_sparse_mm(up, epilogue, work, kTorchThreads) ||
+      !cpu::block_sparse_mm(down, {}, work, kTorchThreads)) {
+    up_.verify();
+    if (gate_.has_value()) {
+      gate_->verify();
+    }
+    down_.verify();
+  }
+  cpu::skinny_mm(out, work, kTorchThreads);
 }
 
 MlpGradients Mlp::zero_gradients(const Tensor& like) const {
@@ -201,7 +268,7 @@ OptionalTensor Mlp::backward(const Tensor& grad_y, const Tensor& x, const MlpGra
   }
   const Tensor dx = columns(dz, rank, width_);
   return rank == 0
-             ? torch::stable::contiguous(dx)
+             ? contiguous_of(dx)
              : torch::stable::subtract(dx, torch::stable::matmul(dz_base, transposed(base_)), -1.0);
 }
 
@@ -253,6 +320,11 @@ Tensor shared_mlp(const Tensor& x, const Tensor& base, const OptionalTensor& bas
   const Mlp mlp(x, base, base_out, up, gate, down, up_bias, gate_bias, down_bias, hidden,
                 activation, identity);
   const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  if (mlp.is_few(x.numel() / max_of(1, mlp.width()))) {
+    const Tensor rows = contiguous_of(x), y = make_empty(x, shape);
+    mlp.forward_few(rows.const_data_ptr(), x.numel() / mlp.width(), y.mutable_data_ptr());
+    return y;
+  }
   const Tensor tokens = flatten_tokens(x);
   if (tokens.size(0) <= mlp.chunk_tokens()) {
     return torch::stable::reshape(mlp.forward(tokens), shape);
@@ -315,7 +387,7 @@ NineTensors reconstruction_loss(const Tensor& x, const Tensor& target,
         "token_weight: expected float32 with one entry for each of the ", tokens.size(0),
         " tokens, got ", torch::headeronly::toString(token_weight->scalar_type()), " ",
         shape_of(*token_weight));
-    weight.push_back(torch::stable::contiguous(*token_weight));
+    weight.push_back(contiguous_of(*token_weight));
   }
   const MlpGradients sums = mlp.zero_gradients(x);
   double loss = 0;

@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor, Tensor> batched_rsvd(const Tensor& w, int64_t rank, i
   FIPS_CHECK(oversample >= 0, "oversample: got ", oversample, "; expected at least 0");
   FIPS_CHECK(power_iters >= 0, "power_iters: got ", power_iters, "; expected at least 0");
   const bool is_double = dtype_of(w, "w") == DType::kFloat64;
-  const Tensor a = torch::stable::contiguous(
-      torch::stable::to(w, is_double ? ScalarType::Double : ScalarType::Float));
+  const Tensor a =
+      contiguous_of(torch::stable::to(w, is_double ? ScalarType::Double : ScalarType::Float));
   const Tensor at = transposed(a);
   const int64_t samples = rank + min_of(full - rank, oversample);
 
@@ -51,15 +51,13 @@ std::tuple<Tensor, Tensor, Tensor> batched_rsvd(const Tensor& w, int64_t rank, i
   // matrix squares the condition number.
   const auto [q_right, r_right] =
       call_aten<2>("aten::linalg_qr", "", torch::stable::matmul(at, q), std::string("reduced"));
-  const auto [u, s, vh] =
-      call_aten<3>("aten::linalg_svd", "", torch::stable::contiguous(transposed(r_right)), false,
-                   std::optional<std::string>());
+  const auto [u, s, vh] = call_aten<3>("aten::linalg_svd", "", contiguous_of(transposed(r_right)),
+                                       false, std::optional<std::string>());
   const Tensor left = torch::stable::matmul(q, u);
   const Tensor right = torch::stable::matmul(vh, transposed(q_right));
   Tensor rows = right;
-  return {torch::stable::contiguous(columns(left, 0, rank)),
-          torch::stable::contiguous(columns(s, 0, rank)),
-          torch::stable::contiguous(torch::stable::narrow(rows, 1, 0, rank))};
+  return {contiguous_of(columns(left, 0, rank)), contiguous_of(columns(s, 0, rank)),
+          contiguous_of(torch::stable::narrow(rows, 1, 0, rank))};
 }
 
 }  // namespace

@@ -51,9 +51,18 @@ inline ScalarType accumulator_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// Without a call through the dispatcher where there is nothing to copy: it costs as much as a small
+// product.
+inline Tensor contiguous_of(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline bool same_device(const Tensor& t, const Tensor& x) {
+  return t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index();
+}
+
 inline void check_same_device(const Tensor& t, const Tensor& x, const char* name) {
-  FIPS_CHECK(t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index(), name,
-             ": is on another device than x; move it with .to(x.device)");
+  FIPS_CHECK(same_device(t, x), name, ": is on another device than x; move it with .to(x.device)");
 }
 
 inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
@@ -85,7 +94,10 @@ inline Tensor flatten_tokens(const Tensor& t) {
   for (int64_t i = 0; i + 1 < t.dim(); ++i) {
     tokens *= t.size(i);
   }
-  return torch::stable::contiguous(torch::stable::reshape(t, {tokens, features}));
+  if (t.dim() == 2) {
+    return contiguous_of(t);
+  }
+  return contiguous_of(torch::stable::reshape(t, {tokens, features}));
 }
 
 // The shape of `t` with another last dimension.
@@ -120,26 +132,30 @@ inline Slice slice_of(const TensorList& v, int64_t rows, int64_t cols, const Ten
              ": a slice is 6 tensors (block) or 8 (bitmap), got ", v.size(),
              "; pass BlockSparse.tensors()");
   const bool bitmap = v.size() == 8;
-  const std::string prefix = std::string(name) + ".";
   Slice slice{v, {}};
-  check_like(v[0], x, (prefix + "values").c_str());
+  FIPS_CHECK(v[0].scalar_type() == x.scalar_type(), name, ".values: dtype is ",
+             torch::headeronly::toString(v[0].scalar_type()), ", but x is ",
+             torch::headeronly::toString(x.scalar_type()), "; cast one of them");
   static constexpr const char* kNames[] = {"values",  "col_ptr",  "row_idx", "row_ptr",
                                            "col_idx", "block_id", "mask",    "block_ptr"};
   for (size_t i = 0; i < v.size(); ++i) {
-    const std::string part = prefix + kNames[i];
-    check_same_device(v[i], x, part.c_str());
+    FIPS_CHECK(same_device(v[i], x), name, ".", kNames[i],
+               ": is on another device than x; move it with .to(x.device)");
     if (i > 0) {
       const ScalarType wanted = i == 6 ? ScalarType::Byte : ScalarType::Int;
-      FIPS_CHECK(v[i].scalar_type() == wanted, part, ": dtype is ",
+      FIPS_CHECK(v[i].scalar_type() == wanted, name, ".", kNames[i], ": dtype is ",
                  torch::headeronly::toString(v[i].scalar_type()), "; expected ",
                  torch::headeronly::toString(wanted));
-      FIPS_CHECK(i == 6 || v[i].dim() == 1, part, ": expected one dimension, got ", shape_of(v[i]));
+      FIPS_CHECK(i == 6 || v[i].dim() == 1, name, ".", kNames[i], ": expected one dimension, got ",
+                 shape_of(v[i]));
     }
-    slice.tensors[i] = torch::stable::contiguous(v[i]);
+    if (!v[i].is_contiguous()) {
+      slice.tensors[i] = torch::stable::contiguous(v[i]);
+    }
   }
   const Tensor& shaped =
       bitmap ? v[6] : v[0];  // the tensor that shows the block: [nnzb, bn, bk or bk / 8]
-  FIPS_CHECK(shaped.dim() == 3, prefix, bitmap ? "mask" : "values", ": expected 3 dimensions, got ",
+  FIPS_CHECK(shaped.dim() == 3, name, bitmap ? ".mask" : ".values", ": expected 3 dimensions, got ",
              shape_of(shaped));
   BlockSparseView& view = slice.view;
   FIPS_CHECK(rows >= 0 && cols >= 0, name, ": shape (", rows, ", ", cols, ") must not be negative");
@@ -153,7 +169,7 @@ inline Slice slice_of(const TensorList& v, int64_t rows, int64_t cols, const Ten
              view.bk, "x", view.bn, "; each edge must be 16, 32, 64 or 128");
   view.num_blocks = shaped.size(0);
   view.num_values = v[0].numel();
-  view.dtype = dtype_of(v[0], (prefix + "values").c_str());
+  view.dtype = dtype_of(v[0], name);
   const int64_t lengths[] = {0,
                              view.block_cols() + 1,
                              view.num_blocks,
@@ -163,9 +179,9 @@ inline Slice slice_of(const TensorList& v, int64_t rows, int64_t cols, const Ten
                              0,
                              view.num_blocks + 1};
   for (size_t i = 1; i < v.size(); ++i) {
-    FIPS_CHECK(i == 6 || v[i].size(0) == lengths[i], prefix, kNames[i], ": expected ", lengths[i],
-               " entries for shape (", rows, ", ", cols, ") in blocks of ", view.bk, "x", view.bn,
-               ", got ", v[i].size(0));
+    FIPS_CHECK(i == 6 || v[i].size(0) == lengths[i], name, ".", kNames[i], ": expected ",
+               lengths[i], " entries for shape (", rows, ", ", cols, ") in blocks of ", view.bk,
+               "x", view.bn, ", got ", v[i].size(0));
   }
   view.values = slice.tensors[0].const_data_ptr();
   auto index = [&](size_t i) {
@@ -177,7 +193,7 @@ inline Slice slice_of(const TensorList& v, int64_t rows, int64_t cols, const Ten
   view.col_idx = index(4);
   view.block_id = index(5);
   if (bitmap) {
-    FIPS_CHECK(v[0].dim() == 1, prefix, "values: expected one dimension, got ", shape_of(v[0]));
+    FIPS_CHECK(v[0].dim() == 1, name, ".values: expected one dimension, got ", shape_of(v[0]));
     static constexpr uint8_t kNoMask[8] =
         {};  // an empty tensor's pointer may be null, which would mean `block`
     view.mask = view.num_blocks == 0
@@ -219,7 +235,7 @@ inline Tensor expect_contiguous(const Tensor& t, ScalarType dtype) {
   FIPS_CHECK(t.scalar_type() == dtype, "internal: an ATen product returned ",
              torch::headeronly::toString(t.scalar_type()), " instead of ",
              torch::headeronly::toString(dtype), "; please report this");
-  return torch::stable::contiguous(t);
+  return contiguous_of(t);
 }
 
 // a^T b for a gradient sum. float16 is multiplied in float32: a sum over thousands of tokens can

@@ -19,8 +19,9 @@ MmTask make_task(const BlockSparseMmParams& p, const MmEpilogue& epilogue = {},
   return {p, epilogue, stray, round_up(p.in_features(), p.transpose ? p.v.bn : p.v.bk)};
 }
 
+// Reading the blocks twice still beats making weight tiles for so few tokens.
 bool streams(const KernelTable& kernels, const BlockSparseMmParams& p) {
-  return p.tokens <= kernels.mm_stream_tokens(p);
+  return p.tokens <= min_of(kStreamTokens, 2 * kernels.mm_stream_tokens(p));
 }
 
 // Tokens whose x is packed at once.
@@ -103,7 +104,11 @@ bool block_sparse_mm(const BlockSparseMmParams& p, const MmEpilogue& epilogue, v
   const KernelTable& kernels = kernel_table();
   std::atomic<bool> stray{false};
   if (streams(kernels, p)) {
-    run_streamed(kernels, make_task(p, epilogue, &stray), workspace, parallel);
+    const int64_t most = kernels.mm_stream_tokens(p);
+    for (int64_t first = 0; first < p.tokens; first += most) {
+      const BlockSparseMmParams part = token_range(p, first, min_of(most, p.tokens - first));
+      run_streamed(kernels, make_task(part, epilogue, &stray), workspace, parallel);
+    }
     return !stray;
   }
   const int64_t step = panel_tokens(make_task(p), kernels.mm_panel(p.v.dtype));

@@ -61,7 +61,12 @@ FIPS_INLINE void dot_rows(const SkinnyMmParams& p, const Accumulator<T>* x, int6
       if (p.bias != nullptr) {
         sum += to_accumulator(static_cast<const T*>(p.bias)[row + r]);
       }
-      static_cast<T*>(p.out)[(token + t) * p.rows + row + r] = FromAccumulator<T>::convert(sum);
+      if (p.addend != nullptr) {
+        sum += to_accumulator(
+            static_cast<const T*>(p.addend)[(token + t) * p.addend_stride + row + r]);
+      }
+      static_cast<T*>(p.out)[(token + t) * p.out_stride + row + r] =
+          FromAccumulator<T>::convert(sum);
     }
   }
 }
@@ -89,7 +94,7 @@ FIPS_INLINE void scale_rows(const SkinnyMmParams& p, const Accumulator<T>* x, in
   for (int64_t t = 0; t < kTokens; ++t) {
     A sums[kVectors * kLanes<A>];
     memcpy(sums, acc[t], sizeof sums);
-    T* out = static_cast<T*>(p.out) + (token + t) * p.cols + column;
+    T* out = static_cast<T*>(p.out) + (token + t) * p.out_stride + column;
     for (int64_t i = 0; i < kVectors * kLanes<A>; ++i) {
       out[i] = FromAccumulator<T>::convert(sums[i]);
     }
@@ -155,7 +160,7 @@ void skinny_columns(const SkinnyMmParams& p, const Accumulator<T>* x, int64_t be
         sum += x[t * p.rows + row] *
                to_accumulator(static_cast<const T*>(p.matrix)[row * p.cols + column]);
       }
-      static_cast<T*>(p.out)[t * p.cols + column] = FromAccumulator<T>::convert(sum);
+      static_cast<T*>(p.out)[t * p.out_stride + column] = FromAccumulator<T>::convert(sum);
     }
   }
 }

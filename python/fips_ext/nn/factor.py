@@ -78,6 +78,17 @@ class SparseFactor(nn.Module):
             self.block_ptr,
         )
 
+    def tensors(self) -> list[Tensor]:
+        """What the ops take of this slice: ``slice().tensors()``, without the way through attributes.
+
+        A module's attribute look-up costs as much as a small kernel; decoding passes here per token.
+        """
+        b = self._buffers
+        index = [b["col_ptr"], b["row_idx"], b["row_ptr"], b["col_idx"], b["block_id"]]
+        if b["mask"] is None:
+            return [self._parameters["values"], *index]
+        return [self._parameters["values"], *index, b["mask"], b["block_ptr"]]
+
     def derive_index(self) -> None:
         """Recompute the derived buffers from ``col_ptr``, ``row_idx`` and ``mask``, validating them."""
         try:

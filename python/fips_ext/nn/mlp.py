@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import _library
 from ..errors import InvalidArgument
 from ..reference import check_activation
 from .base import SharedBase
@@ -84,7 +85,24 @@ class SharedMLP(nn.Module):
         return {role: factor for role, factor in roles.items() if factor is not None}
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.shared_mlp(x, **self.op_arguments())
+        _library.require()
+        base, base_out = self.base, self.base_out
+        modules, parameters = self._modules, self._parameters  # see SparseFactor.tensors
+        up, gate = modules["up"], modules.get("gate")
+        return torch.ops.fips.shared_mlp(
+            x,
+            base.weight,
+            None if base_out is None else base_out.weight,
+            up.tensors(),
+            None if gate is None else gate.tensors(),
+            modules["down"].tensors(),
+            parameters["up_bias"],
+            parameters["gate_bias"],
+            parameters["down_bias"],
+            up.cols,
+            self.activation,
+            base.identity,
+        )
 
     def op_arguments(self) -> dict:
         """Keyword arguments of ``functional.shared_mlp`` (and ``reference.shared_mlp``) but ``x``."""
