@@ -30,13 +30,17 @@ FIPS_INLINE FIPS_HOST_DEVICE Philox4 philox4x32(uint64_t seed, uint64_t counter)
   return c;
 }
 
-// The index-th standard normal of stream `seed`; two consecutive indices share one Box-Muller pair.
-FIPS_INLINE FIPS_HOST_DEVICE double philox_normal(uint64_t seed, uint64_t index) {
-  const Philox4 c = philox4x32(seed, index >> 1);
+struct NormalPair {
+  double first, second;
+};
+
+// Standard normals 2 * pair and 2 * pair + 1 of stream `seed`.
+FIPS_INLINE FIPS_HOST_DEVICE NormalPair philox_normals(uint64_t seed, uint64_t pair) {
+  const Philox4 c = philox4x32(seed, pair);
   constexpr double kScale = 1.0 / 4294967296.0, kTwoPi = 6.283185307179586;
   const double radius = sqrt(-2.0 * log((c.v[0] + 0.5) * kScale));
   const double angle = kTwoPi * ((c.v[1] + 0.5) * kScale);
-  return radius * ((index & 1) ? sin(angle) : cos(angle));
+  return {radius * cos(angle), radius * sin(angle)};
 }
 
 }  // namespace fips

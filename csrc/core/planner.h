@@ -38,6 +38,19 @@ inline MmPath choose_mm_path(const MmShape& shape) {
   return density <= (half ? 0.6 : 0.8) ? MmPath::kSparse : MmPath::kDensified;
 }
 
+// The same choice for the sampled product a^T b, whose fall-back is the whole product and a gather.
+// Every stored block of a `bitmap` is multiplied anyway; halves are multiplied in float32, at a
+// small part of the vendor's rate.
+inline MmPath choose_sddmm_path(const MmShape& shape) {
+  if (shape.tokens < 32) {
+    return MmPath::kSparse;
+  }
+  const double density =
+      static_cast<double>(shape.stored_slots) / static_cast<double>(shape.rows * shape.cols + 1);
+  const bool half = shape.dtype == DType::kBFloat16 || shape.dtype == DType::kFloat16;
+  return !shape.bitmap && density <= (half ? 0.25 : 0.6) ? MmPath::kSparse : MmPath::kDensified;
+}
+
 inline MmShape mm_shape(const BlockSparseView& v, int64_t tokens) {
   return {tokens, v.num_blocks * v.slots(), v.rows, v.cols, v.dtype, v.is_bitmap()};
 }

@@ -109,7 +109,7 @@ Tensor Factor::mm_activated(const Tensor& x, const OptionalTensor& bias, const F
 void Factor::add_sddmm(const Tensor& a, const Tensor& b, const Tensor& sums) const {
   verify();
   const int64_t tokens = a.size(0);
-  if (choose_mm_path(mm_shape(view(), tokens)) == MmPath::kDensified) {
+  if (choose_sddmm_path(mm_shape(view(), tokens)) == MmPath::kDensified) {
     const Tensor dense = token_sum(b, a);  // [n, r]
     GatherParams p;
     p.v = view();

@@ -24,7 +24,8 @@ TEST(Philox, NormalsHaveTheRightMoments) {
   constexpr int kCount = 200000;
   double sum = 0, squares = 0, fourth = 0;
   for (int i = 0; i < kCount; ++i) {
-    const double x = philox_normal(42, static_cast<uint64_t>(i));
+    const NormalPair pair = philox_normals(42, static_cast<uint64_t>(i / 2));
+    const double x = i % 2 == 0 ? pair.first : pair.second;
     sum += x;
     squares += x * x;
     fourth += x * x * x * x;
@@ -64,6 +65,8 @@ TEST(Planner, StreamsFewTokensAndFillsUpDenseSlices) {
   EXPECT_EQ(choose_mm_path(shape), MmPath::kDensified);
   shape.tokens = 200;
   EXPECT_EQ(choose_mm_path(shape), MmPath::kSparse);
+  EXPECT_EQ(choose_sddmm_path(shape), MmPath::kDensified);
+  EXPECT_EQ(choose_sddmm_path(sparse), MmPath::kSparse);
 }
 
 }  // namespace
