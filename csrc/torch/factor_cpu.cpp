@@ -2,6 +2,7 @@
 #include "kernels/block_sparse_sddmm.h"
 #include "kernels/dense_fill.h"
 #include "torch/factor.h"
+#include "torch/scratch.h"
 
 namespace fips {
 namespace {
@@ -61,14 +62,9 @@ Tensor Factor::run(const Tensor& x, bool transpose, const OptionalTensor& bias, 
     epilogue.gate = &gate->view();
     epilogue.gate_bias = pointer(gate_bias);
   }
-  const int64_t bytes = cpu::block_sparse_mm_workspace(p);
-  OptionalTensor workspace;
-  if (bytes > 0) {
-    workspace = make_empty(x, {bytes}, ScalarType::Byte);
-  }
-  if (!cpu::block_sparse_mm(p, epilogue,
-                            workspace.has_value() ? workspace->mutable_data_ptr() : nullptr,
-                            kTorchThreads)) {
+  // Fresh memory of this size would be mapped and zeroed page by page at every call.
+  char* workspace = thread_scratch(cpu::block_sparse_mm_workspace(p));
+  if (!cpu::block_sparse_mm(p, epilogue, workspace, kTorchThreads)) {
     verify();
     if (gate != nullptr) {
       gate->verify();

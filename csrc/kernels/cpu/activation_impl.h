@@ -61,10 +61,21 @@ FIPS_INLINE Vector<float> exp_of(Vector<float> x) {
 }
 FIPS_INLINE double exp_of(double x) { return std::exp(x); }
 
+// 1 / x to 2 ulp for x of at least 1: a division takes as long as the rest of an activation.
+FIPS_INLINE Vector<float> reciprocal(Vector<float> x) {
+#if defined(__AVX512F__)
+  const __m512 r = _mm512_rcp14_ps(x);
+  return r * (2.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
+}
+FIPS_INLINE double reciprocal(double x) { return 1.0 / x; }
+
 // erf by Abramowitz and Stegun 7.1.26: absolute error 1.5e-7, and 6e-7 with float rounding.
 FIPS_INLINE Vector<float> erf_of(Vector<float> x) {
   const Vector<float> z = x < 0.0f ? -x : x;
-  const Vector<float> t = 1.0f / (1.0f + 0.3275911f * z);
+  const Vector<float> t = reciprocal(1.0f + 0.3275911f * z);
   Vector<float> y = 1.061405429f * t - 1.453152027f;
   y = y * t + 1.421413741f;
   y = y * t - 0.284496736f;
@@ -76,7 +87,7 @@ FIPS_INLINE double erf_of(double x) { return std::erf(x); }
 
 template <class A, class V>
 FIPS_INLINE V sigmoid(V x) {
-  return A(1) / (A(1) + exp_of(-x));
+  return reciprocal(A(1) + exp_of(-x));
 }
 
 template <class V>
