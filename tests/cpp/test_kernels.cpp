@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "isa_fixture.h"
 #include "kernels/block_sparse_mm.h"
 #include "kernels/block_sparse_sddmm.h"
 #include "kernels/cpu/dispatch.h"
@@ -16,16 +17,7 @@
 namespace fips::testing {
 namespace {
 
-class Kernels : public ::testing::TestWithParam<cpu::Isa> {
- protected:
-  void SetUp() override {
-    if (GetParam() > cpu::detect_isa()) {
-      GTEST_SKIP() << "this processor lacks " << cpu::isa_name(GetParam());
-    }
-    setenv("FIPS_CPU_CAPABILITY", cpu::isa_name(GetParam()), 1);
-  }
-  void TearDown() override { unsetenv("FIPS_CPU_CAPABILITY"); }
-};
+class Kernels : public OnEveryIsa {};
 
 constexpr float kUntouched = -77.0f;
 
@@ -277,10 +269,7 @@ TEST_P(Kernels, GathersWhatItFilled) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(EveryIsa, Kernels,
-                         ::testing::Values(cpu::Isa::kScalar, cpu::Isa::kAvx2, cpu::Isa::kAvx512,
-                                           cpu::Isa::kAvx512Bf16, cpu::Isa::kAmx),
-                         [](const auto& instance) { return cpu::isa_name(instance.param); });
+FIPS_INSTANTIATE_ON_EVERY_ISA(Kernels);
 
 TEST(Reduce, WeightedResidualDoesNotDependOnThreads) {
   constexpr int64_t kRows = 300, kCols = 333;
