@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kPanelBytes = 16 << 20;  // of x copied at once: bounds the workspace
 constexpr int64_t kMinPanelTokens = 512;   // below this, weight tiles would be made too often
+constexpr int64_t kBypassBytes = 8 << 20, kLineBytes = 64;
 
 int64_t output_edges(const BlockSparseMmParams& p) {
   return p.transpose ? p.v.block_rows() : p.v.block_cols();
@@ -58,6 +59,15 @@ int64_t choose_group(const MmTask& task, const MmPanel& panel, int64_t max_group
     }
   }
   return round_up(ceil_div(tokens, best), panel.rows);
+}
+
+// Outputs that no cache would keep until they are read are written past it, in whole lines; reading
+// each line first would cost as much memory traffic again.
+bool bypasses_cache(const BlockSparseMmParams& p) {
+  const int64_t size = element_size(p.v.dtype), edge = p.transpose ? p.v.bk : p.v.bn;
+  return p.tokens * p.out_features() * size >= kBypassBytes && edge * size % kLineBytes == 0 &&
+         reinterpret_cast<uintptr_t>(p.out) % kLineBytes == 0 &&
+         p.out_stride * size % kLineBytes == 0;
 }
 
 void run_streamed(const KernelTable& kernels, MmTask task, void* workspace,
@@ -111,10 +121,18 @@ bool block_sparse_mm(const BlockSparseMmParams& p, const MmEpilogue& epilogue, v
     }
     return !stray;
   }
-  const int64_t step = panel_tokens(make_task(p), kernels.mm_panel(p.v.dtype));
+  // Two groups per thread at a time: their panels are still in that thread's cache when it
+  // multiplies.
+  const MmPanel panel = kernels.mm_panel(p.v.dtype);
+  const MmTask whole = make_task(p, epilogue);
+  const int64_t near = round_up(kernels.mm_max_group(whole), panel.rows) * parallel.threads() * 2;
+  const int64_t step = min_of(panel_tokens(whole, panel), near);
+  const bool bypass = bypasses_cache(p);
   for (int64_t first = 0; first < p.tokens; first += step) {
     const BlockSparseMmParams part = token_range(p, first, min_of(step, p.tokens - first));
-    run_tiled(kernels, make_task(part, epilogue, &stray), workspace, parallel);
+    MmTask task = make_task(part, epilogue, &stray);
+    task.bypass = bypass;
+    run_tiled(kernels, task, workspace, parallel);
   }
   return !stray;
 }

@@ -97,7 +97,7 @@ class EdgeTask {
     const BlockSparseMmParams& p = task_.params;
     const int64_t out_edge = kTranspose ? p.v.bk : p.v.bn;
     const int64_t first_output = edge * out_edge;
-    const Epilogue<T> epilogue(p, task_.epilogue, first_output,
+    const Epilogue<T> epilogue(p, task_.epilogue, task_.bypass, first_output,
                                min_of(out_edge, p.out_features() - first_output));
     epilogue_ = &epilogue;
     first_token_ = first_token;
@@ -204,7 +204,8 @@ int64_t mm_max_group(const MmTask& task) {
   const int64_t size = p.v.dtype == DType::kFloat64 ? 8 : 4;
   const int64_t outputs = (p.transpose ? p.v.bk : p.v.bn) * (task.epilogue.gate == nullptr ? 1 : 2);
   const int64_t near = kNearBytes / max_of(1, task.padded * panel.element_size);
-  return min_of(max_of(128, min_of(512, near)), kSumBytes / (outputs * size) - panel.rows);
+  return min_of(max_of(p.transpose ? 128 : 256, min_of(512, near)),
+                kSumBytes / (outputs * size) - panel.rows);
 }
 
 // Tasks [begin, end): output edges innermost, so that a group's x stays in cache.

@@ -45,7 +45,7 @@ class StreamTask {
       add_edge(*task_.epilogue.gate, edge, out_edge, gate_);
     }
     const int64_t first_output = edge * out_edge;
-    const Epilogue<T> epilogue(p, task_.epilogue, first_output,
+    const Epilogue<T> epilogue(p, task_.epilogue, task_.bypass, first_output,
                                min_of(out_edge, p.out_features() - first_output));
     epilogue.write(up_.total[0], gated ? gate_.total[0] : nullptr, kMaxEdge, 0, p.tokens);
   }

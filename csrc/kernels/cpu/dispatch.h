@@ -23,6 +23,7 @@ struct MmTask {
   MmEpilogue epilogue;
   std::atomic<bool>* stray;     // set when an index points outside
   int64_t padded;               // inputs, rounded up to whole blocks
+  bool bypass = false;          // write whole lines of the output past the caches
   int64_t group = 0;            // mm_tiled: tokens per task, a multiple of the panel's rows
   const void* panel = nullptr;  // mm_tiled: packed x
 };

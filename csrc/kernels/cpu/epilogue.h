@@ -50,31 +50,19 @@ FIPS_INLINE void write_lane(Lane<A> sums, int64_t count, [[maybe_unused]] bool b
   }
 }
 
-// Outputs that no cache would keep until they are read are written past it, in whole lines; reading
-// each line first would cost as much memory traffic again.
-constexpr int64_t kBypassBytes = int64_t{8} << 20, kLineBytes = 64;
-
-template <class T>
-bool bypasses_cache(const BlockSparseMmParams& p) {
-  const int64_t size = sizeof(T), edge = p.transpose ? p.v.bk : p.v.bn;
-  return p.tokens * p.out_features() * size >= kBypassBytes && edge * size % kLineBytes == 0 &&
-         reinterpret_cast<uintptr_t>(p.out) % kLineBytes == 0 &&
-         p.out_stride * size % kLineBytes == 0;
-}
-
 // The epilogue of one block column: its biases, read once.
 template <class T>
 class Epilogue {
   using A = Accumulator<T>;
 
  public:
-  Epilogue(const BlockSparseMmParams& p, const MmEpilogue& epilogue, int64_t first_output,
-           int64_t outputs)
+  Epilogue(const BlockSparseMmParams& p, const MmEpilogue& epilogue, bool bypass,
+           int64_t first_output, int64_t outputs)
       : p_(p),
         epilogue_(epilogue),
         first_output_(first_output),
         outputs_(outputs),
-        bypass_(bypasses_cache<T>(p)) {
+        bypass_(bypass) {
     read_bias(p.bias, bias_);
     read_bias(epilogue.gate_bias, gate_bias_);
   }
