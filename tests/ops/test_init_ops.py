@@ -144,5 +144,7 @@ def test_build_info():
 
 def test_unknown_cpu_capability_is_refused(monkeypatch):
     monkeypatch.setenv("FIPS_CPU_CAPABILITY", "sse9")
-    with pytest.raises(ValueError, match=r"FIPS_CPU_CAPABILITY.*sse9.*scalar, avx2, avx512, avx512_bf16 and amx"):
+    with pytest.raises(
+        ValueError, match=r"FIPS_CPU_CAPABILITY.*sse9.*scalar, avx2, avx512, avx512_bf16 and amx"
+    ):
         ops.build_info()
