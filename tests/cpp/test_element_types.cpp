@@ -135,27 +135,27 @@ TEST_P(ElementTypes, SumsOverSeveralRunsOfTiles) {
   }
 }
 
-TEST_P(ElementTypes, SkinnyProductsMatch) {
-  constexpr int64_t kRows = 77, kCols = 301, kStride = 320;
+void expect_skinny_products(int64_t rows, int64_t cols) {
+  const int64_t stride = 320;
   for (DType dtype : kTypes) {
-    Elements matrix(random_vector(kRows * kCols, 41), dtype);
+    Elements matrix(random_vector(rows * cols, 41), dtype);
     for (bool transpose : {false, true}) {
       for (int64_t tokens : {1, 2, 3, 7, 16}) {
         SCOPED_TRACE(::testing::Message()
                      << dtype_name(dtype) << " tokens=" << tokens << " transpose=" << transpose);
-        const int64_t in = transpose ? kCols : kRows, out = transpose ? kRows : kCols;
-        Elements x(random_vector(tokens * kStride, 42), dtype), bias(random_vector(out, 43), dtype);
-        Elements addend(random_vector(tokens * kStride, 44), dtype);
-        Elements y(std::vector<float>(static_cast<size_t>(tokens * kStride), -77.0f), dtype);
+        const int64_t in = transpose ? cols : rows, out = transpose ? rows : cols;
+        Elements x(random_vector(tokens * stride, 42), dtype), bias(random_vector(out, 43), dtype);
+        Elements addend(random_vector(tokens * stride, 44), dtype);
+        Elements y(std::vector<float>(static_cast<size_t>(tokens * stride), -77.0f), dtype);
         SkinnyMmParams p;
         p.dtype = dtype;
         p.matrix = matrix.data();
-        p.rows = kRows;
-        p.cols = kCols;
+        p.rows = rows;
+        p.cols = cols;
         p.transpose = transpose;
         p.x = x.data();
         p.tokens = tokens;
-        p.x_stride = p.addend_stride = p.out_stride = kStride;
+        p.x_stride = p.addend_stride = p.out_stride = stride;
         p.bias = transpose ? bias.data() : nullptr;
         p.addend = transpose ? addend.data() : nullptr;
         p.out = y.data();
@@ -163,18 +163,24 @@ TEST_P(ElementTypes, SkinnyProductsMatch) {
         cpu::skinny_mm(p, workspace.data(), kManyThreads);
         for (int64_t t = 0; t < tokens; ++t) {
           for (int64_t o = 0; o < out; ++o) {
-            double exact = transpose ? bias[o] + addend[t * kStride + o] : 0.0;
+            double exact = transpose ? bias[o] + addend[t * stride + o] : 0.0;
             for (int64_t i = 0; i < in; ++i) {
-              exact += x[t * kStride + i] * matrix[transpose ? o * kCols + i : i * kCols + o];
+              exact += x[t * stride + i] * matrix[transpose ? o * cols + i : i * cols + o];
             }
-            ASSERT_NEAR(y[t * kStride + o], exact, tolerance(dtype, exact))
+            ASSERT_NEAR(y[t * stride + o], exact, tolerance(dtype, exact))
                 << "token " << t << " output " << o;
           }
-          ASSERT_EQ(y[t * kStride + out], -77.0) << "padding of token " << t << " was written";
+          ASSERT_EQ(y[t * stride + out], -77.0) << "padding of token " << t << " was written";
         }
       }
     }
   }
+}
+
+TEST_P(ElementTypes, SkinnyProductsMatch) {
+  expect_skinny_products(77, 301);  // nothing fits a register
+  expect_skinny_products(96, 288);  // everything does
+  expect_skinny_products(16, 32);
 }
 
 FIPS_INSTANTIATE_ON_EVERY_ISA(ElementTypes);

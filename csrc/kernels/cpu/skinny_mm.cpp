@@ -5,8 +5,9 @@
 namespace fips::cpu {
 namespace {
 
-// Columns that one task takes at least: whole cache lines, read in runs of several.
-constexpr int64_t kColumnStep = 64, kRowStep = 4;
+// Columns that one task takes at least: whole cache lines, read in runs of several. Rows: those of
+// a tile register.
+constexpr int64_t kColumnStep = 64, kRowStep = 16;
 
 }  // namespace
 

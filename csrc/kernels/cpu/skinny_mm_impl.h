@@ -1,10 +1,10 @@
 // skinny_mm for one instruction set. x is converted to the accumulator type once; the matrix is
-// converted as it is read.
+// converted as it is read, or goes through tile registers as it is.
 #pragma once
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/element_type.h"
-#include "kernels/cpu/vector.h"
+#include "kernels/cpu/stream_blocks.h"
 
 namespace fips::cpu::FIPS_ISA {
 namespace {
@@ -165,7 +165,61 @@ void skinny_columns(const SkinnyMmParams& p, const Accumulator<T>* x, int64_t be
   }
 }
 
+#if defined(__AMX_BF16__)
+// Whether the tile registers do the product: 2 to 16 tokens of bfloat16, edges that fill the tiles.
+bool skinny_in_tiles(const SkinnyMmParams& p) {
+  return p.dtype == DType::kBFloat16 && p.tokens > 1 && p.tokens <= kStreamTokens &&
+         p.cols % 32 == 0 && p.rows % (p.transpose ? 16 : 32) == 0;
+}
+
+void write_skinny(const SkinnyMmParams& p, const StreamSums<float>& sums, int64_t first,
+                  int64_t count) {
+  const auto* bias = static_cast<const BFloat16*>(p.bias);
+  const auto* addend = static_cast<const BFloat16*>(p.addend);
+  for (int64_t t = 0; t < p.tokens; ++t) {
+    BFloat16* out = static_cast<BFloat16*>(p.out) + t * p.out_stride + first;
+    for (int64_t i = 0; i < count; ++i) {
+      float sum = sums.total[t][i];
+      if (bias != nullptr) {
+        sum += to_accumulator(bias[first + i]);
+      }
+      if (addend != nullptr) {
+        sum += to_accumulator(addend[t * p.addend_stride + first + i]);
+      }
+      out[i] = FromAccumulator<BFloat16>::convert(sum);
+    }
+  }
+}
+
+void skinny_tiles(const SkinnyMmParams& p, const BFloat16* packed, int64_t begin, int64_t end) {
+  const auto* matrix = static_cast<const BFloat16*>(p.matrix);
+  StreamTiles tiles(!p.transpose, p.tokens);
+  StreamSums<float> sums;
+  for (int64_t first = begin; first < end; first += 64) {
+    const int64_t count = min_of(64, end - first);
+    tiles.begin_edge();
+    if (p.transpose) {
+      tiles.add_rows(matrix + first * p.cols, p.cols, p.cols, count / 16, packed);
+    } else {
+      tiles.add_columns(matrix + first, p.cols, p.rows, count / 32,
+                        static_cast<const BFloat16*>(p.x), p.x_stride);
+    }
+    tiles.end_edge(count, sums);
+    write_skinny(p, sums, first, count);
+  }
+}
+#endif
+
 void skinny_pack(const SkinnyMmParams& p, void* packed) {
+#if defined(__AMX_BF16__)
+  if (skinny_in_tiles(p)) {
+    if (p.transpose) {
+      StreamTiles::pack(static_cast<const BFloat16*>(p.x), p.x_stride, p.tokens, p.cols, p.cols,
+                        static_cast<BFloat16*>(packed));
+    }
+    return;  // otherwise x is read in place
+  }
+#endif
   with_element_type(p.dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t features = p.in_features();
@@ -180,6 +234,11 @@ void skinny_pack(const SkinnyMmParams& p, void* packed) {
 }
 
 void skinny_mm(const SkinnyMmParams& p, const void* packed, int64_t begin, int64_t end) {
+#if defined(__AMX_BF16__)
+  if (skinny_in_tiles(p)) {
+    return skinny_tiles(p, static_cast<const BFloat16*>(packed), begin, end);
+  }
+#endif
   with_element_type(p.dtype, [&](auto element) {
     using T = decltype(element);
     const auto* x = static_cast<const Accumulator<T>*>(packed);

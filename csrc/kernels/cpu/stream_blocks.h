@@ -424,6 +424,66 @@ class StreamTiles {
     transpose_ ? add_transposed(v, b, x, stride) : add_forward(v, b, x);
   }
 
+  // Rows of a dense matrix as 16 * tiles outputs of `inputs` inputs (a multiple of 32); forward.
+  void add_rows(const BFloat16* weights, int64_t stride, int64_t inputs, int64_t tiles,
+                const BFloat16* x) {
+    // Every row is a stream of its own, more than the processor follows.
+    constexpr int64_t kAhead = 4 * 32;
+    for (int64_t k = 0; k < inputs; k += 32, weights += 32) {
+      for (int64_t row = 0; row < 16 * tiles; ++row) {
+        __builtin_prefetch(weights + row * stride + kAhead);
+      }
+      _tile_loadd(5, x + k * tokens_, 4 * tokens_);
+      _tile_loadd(4, weights, 2 * stride);
+      _tile_dpbf16ps(0, 4, 5);
+      if (tiles > 1) {
+        _tile_loadd(4, weights + 16 * stride, 2 * stride);
+        _tile_dpbf16ps(1, 4, 5);
+      }
+      if (tiles > 2) {
+        _tile_loadd(4, weights + 32 * stride, 2 * stride);
+        _tile_dpbf16ps(2, 4, 5);
+      }
+      if (tiles > 3) {
+        _tile_loadd(4, weights + 48 * stride, 2 * stride);
+        _tile_dpbf16ps(3, 4, 5);
+      }
+    }
+  }
+
+  // Columns of a dense matrix as 32 * vectors outputs (at most 64) of `inputs` inputs (a multiple
+  // of 32); transposed.
+  void add_columns(const BFloat16* weights, int64_t stride, int64_t inputs, int64_t vectors,
+                   const BFloat16* x, int64_t x_stride) {
+    constexpr int64_t kAhead = 32;  // rows
+    for (int64_t j = 0; j < inputs; j += 32) {
+      BFloat16* out = scratch_;
+      for (int64_t row = j; row < j + 32; row += 2) {
+        const BFloat16* from = weights + row * stride;
+        for (int64_t u = 0; u < vectors; ++u, out += 64) {
+          __builtin_prefetch(from + kAhead * stride + 32 * u);
+          __builtin_prefetch(from + (kAhead + 1) * stride + 32 * u);
+          const __m512i first = _mm512_loadu_si512(from + 32 * u);
+          const __m512i second = _mm512_loadu_si512(from + stride + 32 * u);
+          _mm512_store_si512(out, _mm512_unpacklo_epi16(first, second));
+          _mm512_store_si512(out + 32, _mm512_unpackhi_epi16(first, second));
+        }
+      }
+      const int64_t row_bytes = 128 * vectors;
+      _tile_loadd(4, x + j, 2 * x_stride);
+      _tile_loadd(5, scratch_, row_bytes);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(5, scratch_ + 32, row_bytes);
+      _tile_dpbf16ps(1, 4, 5);
+      if (vectors == 2) {
+        _tile_loadd(5, scratch_ + 64, row_bytes);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_loadd(5, scratch_ + 96, row_bytes);
+        _tile_dpbf16ps(3, 4, 5);
+      }
+    }
+  }
+
   void end_edge(int64_t outputs, StreamSums<float>& sums) {
     alignas(64) float tiles[4][16][16];
     _tile_stored(0, tiles[0], 64);
