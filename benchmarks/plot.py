@@ -139,6 +139,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for path in args.results:
         result = json.loads(path.read_text())
+        if "rows" not in result:
+            print(f"{path.stem}: no rows (not of a kernel benchmark); skipped")
+            continue
         (args.out / f"{path.stem}.md").write_text(to_markdown(path.stem, result))
         measured = [row for row in result["rows"] if "ratio" in row and not row.get("summary")]
         if measured:
