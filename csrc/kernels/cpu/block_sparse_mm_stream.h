@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "kernels/cpu/block_sparse_mm_impl.h"
-#include "kernels/cpu/stream_blocks.h"
+#include "kernels/cpu/stream_tiles.h"
 
 namespace fips::cpu::FIPS_ISA {
 namespace {

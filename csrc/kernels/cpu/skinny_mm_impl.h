@@ -4,7 +4,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/element_type.h"
-#include "kernels/cpu/stream_blocks.h"
+#include "kernels/cpu/stream_tiles.h"
 
 namespace fips::cpu::FIPS_ISA {
 namespace {
