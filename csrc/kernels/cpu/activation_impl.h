@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/vector.h"
 
 namespace fips::cpu::FIPS_ISA {
@@ -88,6 +90,27 @@ FIPS_INLINE double erf_of(double x) { return std::erf(x); }
 template <class A, class V>
 FIPS_INLINE V sigmoid(V x) {
   return reciprocal(A(1) + exp_of(-x));
+}
+
+// Calls body(the activation as a constant).
+template <class F>
+FIPS_INLINE void with_activation(Activation activation, F&& body) {
+  switch (activation) {
+    case Activation::kIdentity:
+      return body(std::integral_constant<Activation, Activation::kIdentity>{});
+    case Activation::kGelu:
+      return body(std::integral_constant<Activation, Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return body(std::integral_constant<Activation, Activation::kGeluTanh>{});
+    case Activation::kSilu:
+      return body(std::integral_constant<Activation, Activation::kSilu>{});
+    case Activation::kRelu:
+      return body(std::integral_constant<Activation, Activation::kRelu>{});
+    case Activation::kRelu2:
+      return body(std::integral_constant<Activation, Activation::kRelu2>{});
+    case Activation::kQuickGelu:
+      return body(std::integral_constant<Activation, Activation::kQuickGelu>{});
+  }
 }
 
 template <class V>
@@ -197,42 +220,15 @@ void backward_range(const ActivationParams& p, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, bool kBackward>
-void any_range(const ActivationParams& p, int64_t begin, int64_t end) {
-  auto run = [&](auto kind) {
-    constexpr Activation kKind = decltype(kind)::value;
-    kBackward ? backward_range<T, kKind>(p, begin, end) : forward_range<T, kKind>(p, begin, end);
-  };
-  switch (p.activation) {
-    case Activation::kIdentity:
-      return run(std::integral_constant<Activation, Activation::kIdentity>{});
-    case Activation::kGelu:
-      return run(std::integral_constant<Activation, Activation::kGelu>{});
-    case Activation::kGeluTanh:
-      return run(std::integral_constant<Activation, Activation::kGeluTanh>{});
-    case Activation::kSilu:
-      return run(std::integral_constant<Activation, Activation::kSilu>{});
-    case Activation::kRelu:
-      return run(std::integral_constant<Activation, Activation::kRelu>{});
-    case Activation::kRelu2:
-      return run(std::integral_constant<Activation, Activation::kRelu2>{});
-    case Activation::kQuickGelu:
-      return run(std::integral_constant<Activation, Activation::kQuickGelu>{});
-  }
-}
-
 template <bool kBackward>
 void activation_range(const ActivationParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return any_range<float, kBackward>(p, begin, end);
-    case DType::kFloat64:
-      return any_range<double, kBackward>(p, begin, end);
-    case DType::kBFloat16:
-      return any_range<BFloat16, kBackward>(p, begin, end);
-    case DType::kFloat16:
-      return any_range<Half, kBackward>(p, begin, end);
-  }
+  with_element_type(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    with_activation(p.activation, [&](auto kind) {
+      kBackward ? backward_range<T, kind()>(p, begin, end)
+                : forward_range<T, kind()>(p, begin, end);
+    });
+  });
 }
 
 }  // namespace

@@ -69,22 +69,8 @@ class Epilogue {
 
   // `up` and `gate` (null without one) are [rows][stride] sums.
   void write(const A* up, const A* gate, int64_t stride, int64_t first_token, int64_t rows) const {
-    switch (epilogue_.activation) {
-      case Activation::kIdentity:
-        return write_as<Activation::kIdentity>(up, gate, stride, first_token, rows);
-      case Activation::kGelu:
-        return write_as<Activation::kGelu>(up, gate, stride, first_token, rows);
-      case Activation::kGeluTanh:
-        return write_as<Activation::kGeluTanh>(up, gate, stride, first_token, rows);
-      case Activation::kSilu:
-        return write_as<Activation::kSilu>(up, gate, stride, first_token, rows);
-      case Activation::kRelu:
-        return write_as<Activation::kRelu>(up, gate, stride, first_token, rows);
-      case Activation::kRelu2:
-        return write_as<Activation::kRelu2>(up, gate, stride, first_token, rows);
-      case Activation::kQuickGelu:
-        return write_as<Activation::kQuickGelu>(up, gate, stride, first_token, rows);
-    }
+    with_activation(epilogue_.activation,
+                    [&](auto kind) { write_as<kind()>(up, gate, stride, first_token, rows); });
   }
 
  private:
