@@ -73,7 +73,7 @@ bool bypasses_cache(const BlockSparseMmParams& p) {
 void run_streamed(const KernelTable& kernels, MmTask task, void* workspace,
                   const Parallel& parallel) {
   BlockSparseMmParams& p = task.params;
-  if (!kernels.mm_stream_in_place(task)) {
+  if (kernels.mm_stream_element(task) != 0) {
     kernels.mm_stream_pack(task, workspace);
     p.x = workspace;
     p.x_stride = task.padded;
@@ -101,7 +101,7 @@ int64_t block_sparse_mm_workspace(const BlockSparseMmParams& p) {
   const MmTask task = make_task(p);
   const MmPanel panel = kernels.mm_panel(p.v.dtype);
   if (streams(kernels, p)) {
-    return kernels.mm_stream_in_place(task) ? 0 : p.tokens * task.padded * panel.element_size;
+    return p.tokens * task.padded * kernels.mm_stream_element(task);
   }
   return round_up(panel_tokens(task, panel), panel.rows) * task.padded * panel.element_size;
 }

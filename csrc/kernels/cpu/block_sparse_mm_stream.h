@@ -20,15 +20,14 @@ bool streams_tiles([[maybe_unused]] const BlockSparseMmParams& p) {
 #endif
 }
 
-template <class T, bool kTranspose>
+template <class L, bool kTranspose>
 class StreamTask {
-  using Stream = typename StreamOf<T>::type;
-  using A = typename Stream::A;
-  static_assert(__is_same(typename Stream::Element, typename RowsOf<T>::type::Input),
-                "both kinds of kernel read the same panel of x");
+  using T = typename L::Stored;
+  using A = Accumulator<T>;
+  using Element = typename L::Element;
 
  public:
-  explicit StreamTask(const MmTask& task) : task_(task) {
+  explicit StreamTask(const MmTask& task) : task_(task), few_(task.params.tokens) {
 #if defined(__AMX_BF16__)
     if (streams_tiles(task.params)) {
       tiles_.emplace(kTranspose, task.params.tokens);
@@ -53,10 +52,10 @@ class StreamTask {
  private:
   void add_edge(const BlockSparseView& v, int64_t edge, int64_t out_edge, StreamSums<A>& sums) {
     const BlockSparseMmParams& p = task_.params;
-    const auto* x = static_cast<const typename Stream::Element*>(p.x);
+    const auto* x = static_cast<const Element*>(p.x);
     const EdgeBlocks blocks(v, kTranspose, edge, task_.stray);
 #if defined(__AMX_BF16__)
-    if constexpr (__is_same(T, BFloat16)) {
+    if constexpr (__is_same(Element, BFloat16)) {
       if (tiles_.has_value()) {
         tiles_->begin_edge();
         blocks.for_each([&](int64_t block, int64_t input) {
@@ -67,67 +66,75 @@ class StreamTask {
       }
     }
 #endif
-    for (int64_t t = 0; t < p.tokens; ++t) {
-      if constexpr (kTranspose) {
-        memset(sums.total[t], 0, sizeof sums.total[t]);
-      } else {
-        memset(sums.partial[t], 0, static_cast<size_t>(out_edge) * sizeof(Vector<A>));
+    memset(sums.total, 0, static_cast<size_t>(p.tokens) * sizeof sums.total[0]);
+    if (p.tokens == 1) {
+      if constexpr (!kTranspose) {
+        one_.begin_dots(out_edge);
+      }
+      blocks.for_each([&](int64_t block, int64_t input) {
+        kTranspose ? one_.add_scales(v, block, x + input, sums.total[0])
+                   : one_.add_dots(v, block, x + input);
+      });
+      if constexpr (!kTranspose) {
+        one_.end_dots(out_edge, sums.total[0]);
+      }
+    } else {
+      blocks.for_each([&](int64_t block, int64_t input) {
+        kTranspose ? few_.add_scales(v, block, x + input, p.x_stride, sums)
+                   : few_.add_dots(v, block, x + input, p.x_stride, sums);
+      });
+      if constexpr (!kTranspose) {
+        few_.end_dots(v, p.x_stride, sums);
       }
     }
-    blocks.for_each([&](int64_t block, int64_t input) {
-      if constexpr (kTranspose) {
-        stream_.scale(v, block, x + input, p.x_stride, p.tokens, sums);
-      } else {
-        stream_.dot(v, block, x + input, p.x_stride, p.tokens, sums);
-      }
-    });
-    if constexpr (kTranspose) {
-      stream_.finish_scale(p.tokens, out_edge, sums);
-    } else {
-      fold(sums, p.tokens, out_edge);
+    for (int64_t t = 0; kTranspose && t < p.tokens; ++t) {
+      L::finish_outputs(sums.total[t], out_edge);
     }
   }
 
   const MmTask& task_;
-  Stream stream_;
+  StreamToken<L> one_;
+  StreamTokens<L> few_;
 #if defined(__AMX_BF16__)
   std::optional<StreamTiles> tiles_;
 #endif
   StreamSums<A> up_, gate_;
 };
 
-// Most tokens that mm_stream takes here; 0 where it cannot run at all.
-int64_t mm_stream_tokens([[maybe_unused]] const BlockSparseMmParams& p) {
-#if defined(__AVX512BF16__)
-  if (p.v.dtype == DType::kBFloat16 && p.v.bk < 32) {
-    return 0;
-  }
-#endif
+// The lanes of a product: calls body(them).
+template <class F>
+FIPS_INLINE auto with_stream_lanes(const BlockSparseView& v, F&& body) {
+  return with_element_type(v.dtype, [&](auto element) __attribute__((always_inline)) {
+    return with_lanes<decltype(element)>(v.bk, body);
+  });
+}
+
+// Most tokens that mm_stream takes here.
+int64_t mm_stream_tokens(const BlockSparseMmParams& p) {
   return streams_tiles(p) ? kStreamTokens : kVectorTokens;
 }
 
-// Whether mm_stream can read x in place: it neither converts nor checks for the end of a row.
-template <class T>
-bool streams_in_place(const MmTask& task) {
-  return __is_same(typename StreamOf<T>::type::Element, T) &&
-         task.padded == task.params.in_features() &&
-         (task.params.transpose || !streams_tiles(task.params));
+// Bytes of an element of x as mm_stream_pack lays it out; 0 where mm_stream reads x in place, since
+// it neither converts nor checks for the end of a row.
+int64_t mm_stream_element(const MmTask& task) {
+  const BlockSparseMmParams& p = task.params;
+  return with_stream_lanes(p.v, [&](auto lanes) -> int64_t {
+    using L = decltype(lanes);
+    const bool in_place = __is_same(typename L::Element, typename L::Stored) &&
+                          task.padded == p.in_features() && (p.transpose || !streams_tiles(p));
+    return in_place ? 0 : sizeof(typename L::Element);
+  });
 }
 
-bool mm_stream_in_place(const MmTask& task) {
-  return with_element_type(task.params.v.dtype,
-                           [&](auto element) { return streams_in_place<decltype(element)>(task); });
-}
-
-// x as [tokens][padded] elements of the panel.
+// x as [tokens][padded].
 void mm_stream_pack(const MmTask& task, void* rows) {
   const BlockSparseMmParams& p = task.params;
-  with_element_type(p.v.dtype, [&](auto element) {
-    using T = decltype(element);
-    using Element = typename StreamOf<T>::type::Element;
+  with_stream_lanes(p.v, [&](auto lanes) {
+    using T = typename decltype(lanes)::Stored;
+    using Element = typename decltype(lanes)::Element;
     const int64_t features = p.in_features();
 #if defined(__AMX_BF16__)
-    if constexpr (__is_same(T, BFloat16)) {
+    if constexpr (__is_same(Element, BFloat16)) {
       if (!p.transpose && streams_tiles(p)) {
         return StreamTiles::pack(static_cast<const T*>(p.x), p.x_stride, p.tokens, features,
                                  task.padded, static_cast<T*>(rows));
@@ -150,10 +157,9 @@ void mm_stream_pack(const MmTask& task, void* rows) {
 }
 
 void mm_stream(const MmTask& task, int64_t begin, int64_t end) {
-  with_element_type(task.params.v.dtype, [&](auto element) {
-    using T = decltype(element);
+  with_stream_lanes(task.params.v, [&](auto lanes) {
     auto run = [&](auto transpose) {
-      StreamTask<T, decltype(transpose)::value> stream(task);
+      StreamTask<decltype(lanes), decltype(transpose)::value> stream(task);
       for (int64_t edge = begin; edge < end; ++edge) {
         stream.run(edge);
       }

@@ -69,9 +69,11 @@ FIPS_INLINE __m512i load_words(const uint16_t* from, const uint16_t* end) {
 #endif
 
 // The slots of a block [bn, bk] lie in one row of bits, and its packed values in the same order.
+// `slots`, whole rows of the block, is a multiple of 32 for types of 16 bits where VBMI2 is there.
+// Returns the values consumed.
 template <class E>
-FIPS_INLINE void expand_block(const uint8_t* mask, const E* packed, const E* end, int64_t slots,
-                              E* out) {
+FIPS_INLINE int64_t expand_block(const uint8_t* mask, const E* packed, const E* end, int64_t slots,
+                                 E* out) {
 #if defined(__AVX512VBMI2__)
   if constexpr (sizeof(E) == 2) {
     const uint16_t* from = reinterpret_cast<const uint16_t*>(packed);
@@ -82,12 +84,14 @@ FIPS_INLINE void expand_block(const uint8_t* mask, const E* packed, const E* end
       _mm512_storeu_si512(out + slot, expand_words(bits, load_words(from, limit)));
       from += __builtin_popcount(bits);
     }
-    return;
+    return from - reinterpret_cast<const uint16_t*>(packed);
   }
 #endif
+  const E* from = packed;
   for (int64_t slot = 0; slot < slots; slot += 16) {
-    packed += expand_sixteen(bits_at(mask, slot), packed, end, out + slot);
+    from += expand_sixteen(bits_at(mask, slot), from, end, out + slot);
   }
+  return from - packed;
 }
 
 // Stored block `b` as [bn, bk] elements: the values themselves, or expanded into `scratch`.

@@ -37,7 +37,7 @@ struct MmPanel {
 struct KernelTable {
   // block_sparse_mm: mm_stream for up to mm_stream_tokens tokens, mm_tiled for any number.
   int64_t (*mm_stream_tokens)(const BlockSparseMmParams& params);
-  bool (*mm_stream_in_place)(const MmTask& task);
+  int64_t (*mm_stream_element)(const MmTask& task);
   void (*mm_stream_pack)(const MmTask& task, void* rows);
   void (*mm_stream)(const MmTask& task, int64_t begin, int64_t end);
   MmPanel (*mm_panel)(DType dtype);

@@ -11,7 +11,7 @@ namespace fips::cpu::FIPS_ISA {
 extern const KernelTable kTable;
 const KernelTable kTable = {
     mm_stream_tokens,
-    mm_stream_in_place,
+    mm_stream_element,
     mm_stream_pack,
     mm_stream,
     mm_panel,

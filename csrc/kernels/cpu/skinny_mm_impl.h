@@ -9,29 +9,6 @@
 namespace fips::cpu::FIPS_ISA {
 namespace {
 
-// One vector of numbers, converted.
-template <class T>
-FIPS_INLINE Vector<Accumulator<T>> load_converted(const T* p) {
-  if constexpr (__is_same(T, Accumulator<T>)) {
-    return load(p);
-  } else {
-#if defined(__AVX512F__)
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    if constexpr (__is_same(T, BFloat16)) {
-      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-    } else {
-      return _mm512_cvtph_ps(half);
-    }
-#else
-    Vector<float> v;
-    for (int64_t i = 0; i < kLanes<float>; ++i) {
-      v[i] = to_accumulator(p[i]);
-    }
-    return v;
-#endif
-  }
-}
-
 // out[t][row] = sum over columns of x[t][column] * matrix[row][column].
 template <class T, int64_t kRows, int64_t kTokens>
 FIPS_INLINE void dot_rows(const SkinnyMmParams& p, const Accumulator<T>* x, int64_t row,
@@ -46,7 +23,7 @@ FIPS_INLINE void dot_rows(const SkinnyMmParams& p, const Accumulator<T>* x, int6
       in[t] = load(x + (token + t) * p.cols + c);
     }
     for (int64_t r = 0; r < kRows; ++r) {
-      const Vector<A> weights = load_converted(matrix + r * p.cols + c);
+      const Vector<A> weights = ConvertedLanes<T>::load(matrix + r * p.cols + c);
       for (int64_t t = 0; t < kTokens; ++t) {
         acc[r][t] += weights * in[t];
       }
@@ -85,7 +62,7 @@ FIPS_INLINE void scale_rows(const SkinnyMmParams& p, const Accumulator<T>* x, in
       if (u * kLanes<A> * sizeof(T) % 64 == 0) {
         __builtin_prefetch(matrix + kAhead * p.cols + u * kLanes<A>);
       }
-      const Vector<A> weights = load_converted(matrix + u * kLanes<A>);
+      const Vector<A> weights = ConvertedLanes<T>::load(matrix + u * kLanes<A>);
       for (int64_t t = 0; t < kTokens; ++t) {
         acc[t][u] += x[(token + t) * p.rows + row] * weights;
       }
@@ -165,30 +142,60 @@ void skinny_columns(const SkinnyMmParams& p, const Accumulator<T>* x, int64_t be
   }
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+// Whether bfloat16 stays as it is: several tokens, edges that fill the registers.
+bool skinny_in_pairs(const SkinnyMmParams& p) {
+  return p.dtype == DType::kBFloat16 && p.tokens > 1 && p.cols % 32 == 0 && p.rows % 16 == 0;
+}
+
+void write_skinny(const SkinnyMmParams& p, float sum, int64_t token, int64_t output) {
+  if (p.bias != nullptr) {
+    sum += to_accumulator(static_cast<const BFloat16*>(p.bias)[output]);
+  }
+  if (p.addend != nullptr) {
+    sum += to_accumulator(static_cast<const BFloat16*>(p.addend)[token * p.addend_stride + output]);
+  }
+  static_cast<BFloat16*>(p.out)[token * p.out_stride + output] =
+      FromAccumulator<BFloat16>::convert(sum);
+}
+
+// `kTokens` tokens from `first` on, outputs [begin, end): multiples of 16 rows or 32 columns.
+template <int64_t kTokens>
+void skinny_pairs(const SkinnyMmParams& p, int64_t first, int64_t begin, int64_t end) {
+  using L = SlotLanes<BFloat16, true>;
+  const auto* matrix = static_cast<const BFloat16*>(p.matrix);
+  const BFloat16* x = static_cast<const BFloat16*>(p.x) + first * p.x_stride;
+  if (p.transpose) {
+    constexpr int64_t kRows = TokenDots<L, kTokens>::kRows;
+    for (int64_t row = begin; row < end; row += kRows) {
+      TokenDots<L, kTokens> dots;
+      dots.add(matrix + row * p.cols, p.cols, x, p.x_stride, p.cols);
+      dots.finish([&](int64_t r, int64_t t, float sum)
+                      __attribute__((always_inline)) { write_skinny(p, sum, first + t, row + r); });
+    }
+    return;
+  }
+  constexpr int64_t kColumns = 64;
+  for (int64_t column = begin; column < end; column += kColumns) {
+    const int64_t count = min_of(kColumns, end - column);
+    alignas(64) float sums[kTokens][kColumns] = {};
+    TokenScales<L, kTokens>::add(matrix + column, p.cols, p.rows, x, p.x_stride, count, sums[0],
+                                 kColumns);
+    for (int64_t t = 0; t < kTokens; ++t) {
+      L::finish_outputs(sums[t], count);
+      for (int64_t i = 0; i < count; ++i) {
+        write_skinny(p, sums[t][i], first + t, column + i);
+      }
+    }
+  }
+}
+#endif
+
 #if defined(__AMX_BF16__)
 // Whether the tile registers do the product: 2 to 16 tokens of bfloat16, edges that fill the tiles.
 bool skinny_in_tiles(const SkinnyMmParams& p) {
   return p.dtype == DType::kBFloat16 && p.tokens > 1 && p.tokens <= kStreamTokens &&
          p.cols % 32 == 0 && p.rows % (p.transpose ? 16 : 32) == 0;
-}
-
-void write_skinny(const SkinnyMmParams& p, const StreamSums<float>& sums, int64_t first,
-                  int64_t count) {
-  const auto* bias = static_cast<const BFloat16*>(p.bias);
-  const auto* addend = static_cast<const BFloat16*>(p.addend);
-  for (int64_t t = 0; t < p.tokens; ++t) {
-    BFloat16* out = static_cast<BFloat16*>(p.out) + t * p.out_stride + first;
-    for (int64_t i = 0; i < count; ++i) {
-      float sum = sums.total[t][i];
-      if (bias != nullptr) {
-        sum += to_accumulator(bias[first + i]);
-      }
-      if (addend != nullptr) {
-        sum += to_accumulator(addend[t * p.addend_stride + first + i]);
-      }
-      out[i] = FromAccumulator<BFloat16>::convert(sum);
-    }
-  }
 }
 
 void skinny_tiles(const SkinnyMmParams& p, const BFloat16* packed, int64_t begin, int64_t end) {
@@ -205,7 +212,11 @@ void skinny_tiles(const SkinnyMmParams& p, const BFloat16* packed, int64_t begin
                         static_cast<const BFloat16*>(p.x), p.x_stride);
     }
     tiles.end_edge(count, sums);
-    write_skinny(p, sums, first, count);
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      for (int64_t i = 0; i < count; ++i) {
+        write_skinny(p, sums.total[t][i], t, first + i);
+      }
+    }
   }
 }
 #endif
@@ -218,6 +229,11 @@ void skinny_pack(const SkinnyMmParams& p, void* packed) {
                         static_cast<BFloat16*>(packed));
     }
     return;  // otherwise x is read in place
+  }
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+  if (skinny_in_pairs(p)) {
+    return;
   }
 #endif
   with_element_type(p.dtype, [&](auto element) {
@@ -237,6 +253,16 @@ void skinny_mm(const SkinnyMmParams& p, const void* packed, int64_t begin, int64
 #if defined(__AMX_BF16__)
   if (skinny_in_tiles(p)) {
     return skinny_tiles(p, static_cast<const BFloat16*>(packed), begin, end);
+  }
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+  if (skinny_in_pairs(p)) {
+    const int64_t chunk = ceil_div(p.tokens, ceil_div(p.tokens, kMostTokens));
+    for (int64_t t = 0; t < p.tokens; t += chunk) {
+      with_tokens(min_of(chunk, p.tokens - t),
+                  [&](auto tokens) { skinny_pairs<tokens>(p, t, begin, end); });
+    }
+    return;
   }
 #endif
   with_element_type(p.dtype, [&](auto element) {

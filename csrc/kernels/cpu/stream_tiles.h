@@ -2,6 +2,7 @@
 // per-ISA units.
 #pragma once
 
+#include "kernels/cpu/multiply_bfloat16.h"
 #include "kernels/cpu/stream_blocks.h"
 
 namespace fips::cpu {
@@ -12,7 +13,7 @@ namespace {
 // instruction takes a kilobyte of weights, whatever the number of tokens. Tile registers: 0-3 sums,
 // 4 left and 5 right operand.
 class StreamTiles {
-  using Slots = StreamSlots<BFloat16>;
+  using L = SlotLanes<BFloat16, true>;
 
  public:
   // Forward, the weights are the left operand, 16 outputs of 32 inputs, and x the right one:
@@ -121,8 +122,8 @@ class StreamTiles {
         memcpy(sums.total[t] + 16 * i, transpose_ ? tiles[i][t] : flipped[t], 64);
       }
     }
-    if (transpose_) {
-      Slots::finish_scale(tokens_, outputs, sums);
+    for (int64_t t = 0; transpose_ && t < tokens_; ++t) {
+      L::finish_outputs(sums.total[t], outputs);
     }
   }
 
@@ -184,17 +185,19 @@ class StreamTiles {
   // The block as [bn / 2][bk][2] in scratch_.
   template <int64_t kVectors>
   void interleave(const BlockSparseView& v, int64_t b) {
-    Slots::read(v, b, [&](auto next) __attribute__((always_inline)) {
+    read_slots<L>(v, b, scratch_, [&](auto next) __attribute__((always_inline)) {
       BFloat16* out = scratch_;
       for (int64_t j = 0; j < v.bn; j += 2) {
-        __m512i row[2 * kVectors];
-        for (int64_t u = 0; u < 2 * kVectors; ++u) {
-          row[u] = next();
+        __m512i rows[kVectors][2];
+        for (int64_t i = 0; i < 2; ++i) {
+          for (int64_t u = 0; u < kVectors; ++u) {
+            rows[u][i] = next();
+          }
         }
-        Slots::interleave<kVectors>(row);
         for (int64_t u = 0; u < kVectors; ++u, out += 64) {
-          _mm512_store_si512(out, row[u]);
-          _mm512_store_si512(out + 32, row[kVectors + u]);
+          L::interleave(rows[u]);
+          _mm512_store_si512(out, rows[u][0]);
+          _mm512_store_si512(out + 32, rows[u][1]);
         }
       }
     });

@@ -8,8 +8,11 @@
 
 #include "core/types.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
 #define FIPS_VECTOR_BYTES 64
 #elif defined(__AVX2__)
 #define FIPS_VECTOR_BYTES 32
