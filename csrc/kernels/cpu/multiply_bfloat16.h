@@ -22,8 +22,12 @@ class PairRows {
 
   void pack(const BFloat16* x, int64_t stride, int64_t rows, int64_t features, int64_t padded,
             Input* panel) const {
+    int64_t f = 0;
+    for (; rows == kRows && f + 32 <= features; f += 32) {
+      transpose_rows<kRows / 4>(x + f, stride * 2, panel + f * kRows, kRows * 4);
+    }
     alignas(64) BFloat16 square[16 * 32] = {}, flipped[16 * 32];
-    for (int64_t f = 0; f < padded; f += 32) {
+    for (; f < padded; f += 32) {
       const int64_t count = max_of(0, min_of(32, features - f));
       for (int64_t r = 0; r < rows; ++r) {
         memset(square + r * 32, 0, 32 * sizeof(BFloat16));
