@@ -3,7 +3,9 @@
     python benchmarks/bench_shared_mlp.py --quick --json mlp.json
 
 ``a`` is the rank over the width, r / d. Every row against ``dense`` also has ``best_ratio``, the ratio over
-the faster of the two rivals in each round; the last row is the worst of them, for which the planner answers.
+the faster of the two rivals in each round. ``cached`` rows are those of a module that may keep dense copies
+(``fips_ext.nn.cache_dense``), where it would. The last two rows are the worst of ``best_ratio`` without such
+copies, and with them: for these the planner answers.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from cpu_shapes import (
     shapes_of,
 )
 from cpu_timing import Goal, Row, Session, dtype_name, judge
+
+from fips_ext import nn
+from fips_ext.nn.dense_cache import MIN_TOKENS
 
 PLANNER = Goal("G17", "best_ratio", 0.97)
 
@@ -83,19 +88,37 @@ def measure(session: Session, case: Case) -> Iterator[Row]:
     work = {"flops": shared.flops(case.tokens), "nbytes": shared.nbytes() + 2 * x.nbytes}
     forms = ("dense", "zero-filled")
     best = {"best_ratio": race.ratio(*forms), "best_spread": race.spread(*forms)}
-    yield session.row(race, "dense", case.dtype, **work, **best)
+    yield session.row(race, "dense", case.dtype, **work, **best, cached=False)
     yield session.row(race, "zero-filled", case.dtype, **work)
 
+    module = shared.module()
+    if case.tokens < MIN_TOKENS or nn.cache_dense(module) == 0:
+        return
+    race = session.race(
+        {"ours": lambda: module(x), "dense": lambda: dense(x), "zero-filled": lambda: filled(x)}
+    )
+    best = {"best_ratio": race.ratio(*forms), "best_spread": race.spread(*forms)}
+    name = f"{case.keys()['case']} cached"
+    yield {**session.row(race, "dense", case.dtype, **work, **best, cached=True), "case": name}
 
-def worst_case(rows: Sequence[Row]) -> Row | None:
+
+def worst_case(rows: Sequence[Row], may_cache: bool) -> Row | None:
     """A summary row: the measured case with the lowest ratio over the best dense form."""
-    measured = [row for row in rows if "best_ratio" in row]
+    cached = {case_of(row) for row in rows if row.get("cached")}
+    measured = [
+        row
+        for row in rows
+        if "best_ratio" in row and (row["cached"] or not may_cache or case_of(row) not in cached)
+    ]
+    if not may_cache:
+        measured = [row for row in measured if not row["cached"]]
     if not measured:
         return None
     worst = min(measured, key=lambda row: row["best_ratio"])
+    memory = "with dense copies" if may_cache else "no extra memory"
     summary = {
         "summary": True,
-        "case": f"worst of the grid: {worst['case']}",
+        "case": f"worst, {memory}: {worst['case'].removesuffix(' cached')}",
         "rival": "best dense form",
         "rival_s": worst["best_ratio"] * worst["ours_s"],
         "ratio": worst["best_ratio"],
@@ -104,14 +127,20 @@ def worst_case(rows: Sequence[Row]) -> Row | None:
     return worst | summary | judge(worst, PLANNER)
 
 
+def case_of(row: Row) -> tuple:
+    """What a row and its cached twin share."""
+    name = str(row["case"]).removesuffix(" cached")
+    return name, row["dtype"], row["T"], row["density"], row["block"], row["encoding"]
+
+
 def main() -> int:
     session = Session(__doc__)
     shapes = shapes_of(session.args.shapes, session.quick)
     for case in cases(shapes, session.quick):
         session.attempt(case.keys(), functools.partial(measure, session, case))
-    worst = worst_case(session.rows)
-    if worst is not None:
-        session.add(worst)
+    for worst in [worst_case(session.rows, may_cache) for may_cache in (False, True)]:
+        if worst is not None:
+            session.add(worst)
     return session.finish()
 
 

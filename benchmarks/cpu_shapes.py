@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fips_ext import BlockSparse, functional
+from fips_ext import BlockSparse, functional, nn
 from fips_ext.layout import Encoding, grid_shape, pack_bits
 from fips_ext.reference import ACTIVATIONS
 
@@ -80,13 +80,15 @@ def settings(shapes: Sequence[Shape], quick: bool) -> list[Setting]:
     """The slices to measure, the most telling first: variants of the first shape, then the other shapes."""
     first, *rest = shapes
 
+    def densities(shape: Shape) -> list[Setting]:
+        blocks = [Setting(shape, density) for density in (0.5, 0.1)]
+        return [*blocks, Setting(shape, 0.5, encoding="bitmap")]
+
     def variants(shape: Shape) -> list[Setting]:
-        densities = [Setting(shape, density) for density in (0.5, 0.1)]
-        blocks = [Setting(shape, block=block) for block in (16, 32)]
-        return [*densities, *blocks, Setting(shape, 0.5, encoding="bitmap")]
+        return [*densities(shape), *(Setting(shape, block=block) for block in (16, 32))]
 
     grid = [Setting(first), *variants(first), *map(Setting, rest)]
-    return grid if quick else grid + [setting for shape in rest for setting in variants(shape)]
+    return grid if quick else grid + [setting for shape in rest for setting in densities(shape)]
 
 
 def make_slice(
@@ -156,6 +158,20 @@ class SharedMlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         return functional.shared_mlp(x, **self.arguments())
+
+    def module(self) -> nn.SharedMLP:
+        """The module a model holds."""
+        return nn.SharedMLP(
+            nn.SharedBase(self.base),
+            nn.SparseFactor(self.up),
+            nn.SparseFactor(self.down),
+            None if self.gate is None else nn.SparseFactor(self.gate),
+            nn.SharedBase(self.base_out),
+            self.up_bias,
+            None,
+            self.down_bias,
+            self.activation,
+        )
 
     def arguments(self) -> dict[str, object]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -32,6 +32,7 @@ Row = dict[str, object]
 QUICK_BUDGET_S = 240.0  # leaves a minute of the promised five for a case that is under way
 BATCH_S = 3e-3  # shortest timed batch: well above the clock and the scheduler
 MAX_ROUNDS = 15
+RACE_S = 1.0  # of rounds beyond the fewest
 PEAK_SIZE = 2048
 STREAM_BYTES = 256 * 2**20
 SLOW_PEAK_S = 5.0  # a dtype without vector instructions is not timed on the large product
@@ -208,7 +209,7 @@ class Session:
     def race(self, runs: dict[str, Run], *, min_rounds: int = 3, grad: bool = False) -> Race:
         """Times ``runs``, one of them named ``ours``; without ``grad`` in inference mode."""
         with torch.inference_mode(not grad):
-            return hold_race(runs, 1.0 if self.quick else 3.0, min_rounds, self._deadline)
+            return hold_race(runs, RACE_S, min_rounds, self._deadline)
 
     def row(
         self,

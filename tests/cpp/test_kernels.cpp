@@ -229,6 +229,10 @@ TEST_P(Kernels, ActivationsSurviveExtremes) {
       EXPECT_TRUE(std::isfinite(y)) << "activation " << kind;
     }
     EXPECT_NEAR(x[3], 0.0f, 0.0f);
+    if (p.activation != Activation::kIdentity && p.activation != Activation::kRelu2) {
+      EXPECT_NEAR(x[0], 0.0f, 1e-30f) << "activation " << kind;
+      EXPECT_EQ(x[6], 1e4f) << "activation " << kind;
+    }
     std::vector<float> nan(20, NAN);
     p.count = 20;
     p.up = p.h = nan.data();

@@ -74,16 +74,26 @@ FIPS_INLINE Vector<float> reciprocal(Vector<float> x) {
 }
 FIPS_INLINE double reciprocal(double x) { return 1.0 / x; }
 
-// erf by Abramowitz and Stegun 7.1.26: absolute error 1.5e-7, and 6e-7 with float rounding.
+// erf as x P(x^2) / Q(x^2), fitted for |x| <= 3.9 to 1.5e-8 absolute, 4e-7 with float rounding;
+// from there on a float's erf is 1.
 FIPS_INLINE Vector<float> erf_of(Vector<float> x) {
-  const Vector<float> z = x < 0.0f ? -x : x;
-  const Vector<float> t = reciprocal(1.0f + 0.3275911f * z);
-  Vector<float> y = 1.061405429f * t - 1.453152027f;
-  y = y * t + 1.421413741f;
-  y = y * t - 0.284496736f;
-  y = y * t + 0.254829592f;
-  y = 1.0f - y * t * exp_of(-z * z);
-  return x < 0.0f ? -y : y;
+  constexpr float kOne = 3.9f;
+  const Vector<float> zero = {}, one = zero + 1.0f, limit = zero + kOne;
+  const Vector<float> z = x < -kOne ? -limit : x > kOne ? limit : x;
+  const Vector<float> s = z * z;
+  Vector<float> p = s * 2.0503874e-6f + 2.8745676e-4f;
+  p = p * s + 3.8368616e-3f;
+  p = p * s + 5.2966874e-2f;
+  p = p * s + 1.9194070e-1f;
+  p = p * s + 1.1283790f;
+  Vector<float> q = s * 3.8230715e-5f + 1.1817305e-3f;
+  q = q * s + 1.5109176e-2f;
+  q = q * s + 1.1475807e-1f;
+  q = q * s + 5.0343478e-1f;
+  q = q * s + 1.0f;
+  const Vector<float> y = z * p * reciprocal(q);
+  // Exactly 1: what is left of it would grow with x in x (1 + erf x).
+  return x < -kOne ? -one : x > kOne ? one : y;
 }
 FIPS_INLINE double erf_of(double x) { return std::erf(x); }
 

@@ -146,11 +146,12 @@ class EdgeTask {
       // Sums that no second run needs stay in one place, in the first-level cache.
       const int64_t offset = only_run ? 0 : t * out_edge_;
       if (first_run_ || count_[0] > 0) {
-        rows_.multiply(x, task_.padded, pieces_, count_[0], out_edge_, !first_run_, sums_ + offset);
+        rows_.multiply(x, task_.padded, pieces_, count_[0], out_edge_, count, !first_run_,
+                       sums_ + offset);
       }
       if (gated && (first_run_ || count_[1] > 0)) {
-        rows_.multiply(x, task_.padded, pieces_ + count_[0], count_[1], out_edge_, !first_run_,
-                       gate_sums + offset);
+        rows_.multiply(x, task_.padded, pieces_ + count_[0], count_[1], out_edge_, count,
+                       !first_run_, gate_sums + offset);
       }
       if (last) {
         epilogue_->write(sums_ + offset, gated ? gate_sums + offset : nullptr, out_edge_,

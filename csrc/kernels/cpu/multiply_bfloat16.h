@@ -46,23 +46,37 @@ class PairRows {
   }
 
   void multiply(const Input* x, int64_t padded, const Piece<Weight>* pieces, int64_t count,
-                int64_t outputs, bool accumulate, Sum* sums) const {
-    int64_t column = 0;
-    for (; column + kVectors * 16 <= outputs; column += kVectors * 16) {
-      multiply_columns<kVectors>(x, padded, pieces, count, column, outputs, accumulate, sums);
-    }
-    for (; column < outputs; column += 16) {
-      multiply_columns<1>(x, padded, pieces, count, column, outputs, accumulate, sums);
+                int64_t outputs, int64_t rows, bool accumulate, Sum* sums) const {
+    constexpr int64_t kThird = kRows / 3;
+    if (rows <= kThird) {
+      multiply_rows<kThird>(x, padded, pieces, count, outputs, accumulate, sums);
+    } else if (rows <= 2 * kThird) {
+      multiply_rows<2 * kThird>(x, padded, pieces, count, outputs, accumulate, sums);
+    } else {
+      multiply_rows<kRows>(x, padded, pieces, count, outputs, accumulate, sums);
     }
   }
 
  private:
-  template <int64_t kWidth>
+  template <int64_t kUsed>
+  static void multiply_rows(const Input* x, int64_t padded, const Piece<Weight>* pieces,
+                            int64_t count, int64_t outputs, bool accumulate, Sum* sums) {
+    int64_t column = 0;
+    for (; column + kVectors * 16 <= outputs; column += kVectors * 16) {
+      multiply_columns<kUsed, kVectors>(x, padded, pieces, count, column, outputs, accumulate,
+                                        sums);
+    }
+    for (; column < outputs; column += 16) {
+      multiply_columns<kUsed, 1>(x, padded, pieces, count, column, outputs, accumulate, sums);
+    }
+  }
+
+  template <int64_t kUsed, int64_t kWidth>
   FIPS_INLINE void multiply_columns(const Input* x, int64_t padded, const Piece<Weight>* pieces,
                                     int64_t count, int64_t column, int64_t outputs, bool accumulate,
                                     Sum* sums) {
-    __m512 acc[kRows][kWidth];
-    for (int64_t r = 0; r < kRows; ++r) {
+    __m512 acc[kUsed][kWidth];
+    for (int64_t r = 0; r < kUsed; ++r) {
       for (int64_t u = 0; u < kWidth; ++u) {
         acc[r][u] = accumulate ? _mm512_loadu_ps(sums + r * outputs + column + u * 16)
                                : _mm512_setzero_ps();
@@ -80,7 +94,7 @@ class PairRows {
         for (int64_t u = 0; u < kWidth; ++u) {
           weight[u] = as_pairs(_mm512_loadu_si512(weights + u * 32));
         }
-        for (int64_t r = 0; r < kRows; ++r) {
+        for (int64_t r = 0; r < kUsed; ++r) {
           int32_t pair;
           memcpy(&pair, in + 2 * r, sizeof pair);
           const __m512bh value = as_pairs(_mm512_set1_epi32(pair));
@@ -90,7 +104,7 @@ class PairRows {
         }
       }
     }
-    for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t r = 0; r < kUsed; ++r) {
       for (int64_t u = 0; u < kWidth; ++u) {
         _mm512_storeu_ps(sums + r * outputs + column + u * 16, acc[r][u]);
       }
@@ -144,7 +158,7 @@ class AmxRows {
   }
 
   void multiply(const Input* x, int64_t padded, const Piece<Weight>* pieces, int64_t count,
-                int64_t outputs, bool accumulate, Sum* sums) {
+                int64_t outputs, int64_t /*rows*/, bool accumulate, Sum* sums) {
     configure();
     for (int64_t column = 0; column < outputs; column += 32) {
       column + 16 < outputs ? multiply_columns<true>(x, padded, pieces, count, column, outputs,

@@ -12,8 +12,9 @@ namespace {
 //   pack      copies rows of x into a panel: [inputs][kRows] here, so that the product reads it in
 //             one stream. Feature f starts at f * kRows in every form of the panel.
 //   tile      makes the weight tile of a stored block
-//   multiply  sums[r][o] (+)= sum over pieces of x[r][input + e] * weights[e][o]; the panel is
-//             `padded` inputs wide and is followed by another, or by anything
+//   multiply  sums[r][o] (+)= sum over pieces of x[r][input + e] * weights[e][o], for at least the
+//             first `rows` r; the panel is `padded` inputs wide and is followed by another, or by
+//             anything
 template <class T>
 class VectorRows {
  public:
@@ -62,23 +63,37 @@ class VectorRows {
   }
 
   void multiply(const Input* x, int64_t padded, const Piece<Weight>* pieces, int64_t count,
-                int64_t outputs, bool accumulate, Sum* sums) const {
-    int64_t column = 0;
-    for (; column + kVectors * kLanes<Sum> <= outputs; column += kVectors * kLanes<Sum>) {
-      multiply_columns<kVectors>(x, padded, pieces, count, column, outputs, accumulate, sums);
-    }
-    for (; column < outputs; column += kLanes<Sum>) {
-      multiply_columns<1>(x, padded, pieces, count, column, outputs, accumulate, sums);
+                int64_t outputs, int64_t rows, bool accumulate, Sum* sums) const {
+    constexpr int64_t kThird = kRows / 3;
+    if (rows <= kThird) {
+      multiply_rows<kThird>(x, padded, pieces, count, outputs, accumulate, sums);
+    } else if (rows <= 2 * kThird) {
+      multiply_rows<2 * kThird>(x, padded, pieces, count, outputs, accumulate, sums);
+    } else {
+      multiply_rows<kRows>(x, padded, pieces, count, outputs, accumulate, sums);
     }
   }
 
  private:
-  template <int64_t kWidth>
+  template <int64_t kUsed>
+  static void multiply_rows(const Input* x, int64_t padded, const Piece<Weight>* pieces,
+                            int64_t count, int64_t outputs, bool accumulate, Sum* sums) {
+    int64_t column = 0;
+    for (; column + kVectors * kLanes<Sum> <= outputs; column += kVectors * kLanes<Sum>) {
+      multiply_columns<kUsed, kVectors>(x, padded, pieces, count, column, outputs, accumulate,
+                                        sums);
+    }
+    for (; column < outputs; column += kLanes<Sum>) {
+      multiply_columns<kUsed, 1>(x, padded, pieces, count, column, outputs, accumulate, sums);
+    }
+  }
+
+  template <int64_t kUsed, int64_t kWidth>
   FIPS_INLINE void multiply_columns(const Input* x, int64_t padded, const Piece<Weight>* pieces,
                                     int64_t count, int64_t column, int64_t outputs, bool accumulate,
                                     Sum* sums) {
-    Vector<Sum> acc[kRows][kWidth];
-    for (int64_t r = 0; r < kRows; ++r) {
+    Vector<Sum> acc[kUsed][kWidth];
+    for (int64_t r = 0; r < kUsed; ++r) {
       for (int64_t u = 0; u < kWidth; ++u) {
         acc[r][u] =
             accumulate ? load(sums + r * outputs + column + u * kLanes<Sum>) : Vector<Sum>{};
@@ -97,7 +112,7 @@ class VectorRows {
         for (int64_t u = 0; u < kWidth; ++u) {
           weight[u] = load(weights + u * kLanes<Sum>);
         }
-        for (int64_t r = 0; r < kRows; ++r) {
+        for (int64_t r = 0; r < kUsed; ++r) {
           const Input value = in[r];
           for (int64_t u = 0; u < kWidth; ++u) {
             acc[r][u] += value * weight[u];
@@ -105,7 +120,7 @@ class VectorRows {
         }
       }
     }
-    for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t r = 0; r < kUsed; ++r) {
       for (int64_t u = 0; u < kWidth; ++u) {
         store<Sum>(sums + r * outputs + column + u * kLanes<Sum>, acc[r][u]);
       }

@@ -2,6 +2,6 @@
 
 from .base import SharedBase
 from .factor import SparseFactor
-from .mlp import SharedMLP
+from .mlp import SharedMLP, cache_dense
 
-__all__ = ["SharedBase", "SharedMLP", "SparseFactor"]
+__all__ = ["SharedBase", "SharedMLP", "SparseFactor", "cache_dense"]

@@ -9,6 +9,7 @@ from .. import _library
 from ..errors import InvalidArgument
 from ..reference import check_activation
 from .base import SharedBase
+from .dense_cache import MIN_TOKENS, DenseCache
 from .factor import SparseFactor
 
 
@@ -51,6 +52,7 @@ class SharedMLP(nn.Module):
         if base.identity != out.identity:
             raise InvalidArgument("base_out: must have the same identity flag as base")
         self.activation = check_activation(activation)
+        self.dense_cache: DenseCache | None = None  # see cache_dense
         self.owns_base = owns_base
         self.up, self.gate, self.down = up, gate, down
         if owns_base:
@@ -86,6 +88,8 @@ class SharedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _library.require()
+        if self.dense_cache is not None and self._may_use_dense(x):
+            return self.dense_cache.forward(self, x)
         base, base_out = self.base, self.base_out
         modules, parameters = self._modules, self._parameters  # see SparseFactor.tensors
         up, gate = modules["up"], modules.get("gate")
@@ -102,6 +106,14 @@ class SharedMLP(nn.Module):
             up.cols,
             self.activation,
             base.identity,
+        )
+
+    def _may_use_dense(self, x: Tensor) -> bool:
+        return (
+            not torch.is_grad_enabled()
+            and x.numel() >= MIN_TOKENS * self.width
+            and x.shape[-1] == self.width
+            and not torch.compiler.is_compiling()  # the cache looks at versions, which no graph holds
         )
 
     def op_arguments(self) -> dict:
@@ -139,3 +151,38 @@ class SharedMLP(nn.Module):
 def shared_mlps(model: nn.Module) -> dict[str, SharedMLP]:
     """Every :class:`SharedMLP` of ``model`` by its qualified name, in module order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, SharedMLP)}
+
+
+def cache_dense(model: nn.Module, max_bytes: int | None = None) -> int:
+    """Spend memory on speed: keep dense copies of factors that are nearly dense as stored.
+
+    That is so for ``bitmap`` slices, whose products with many tokens are dense ones. The copies serve calls
+    of at least 32 tokens without gradients (``torch.no_grad``, ``torch.inference_mode``) and outside
+    ``torch.compile``; a parameter that changes has its copy remade. They are in no checkpoint, copy or
+    pickle.
+
+    Args:
+        model: every :class:`SharedMLP` in it is considered, in module order.
+        max_bytes: what the copies may take together; None for no limit, 0 to drop them.
+
+    Returns:
+        The bytes that the copies take.
+
+    Raises:
+        InvalidArgument: ``max_bytes`` is negative, or ``model`` has no :class:`SharedMLP`.
+    """
+    if max_bytes is not None and max_bytes < 0:
+        raise InvalidArgument(f"max_bytes: got {max_bytes}; expected None or at least 0")
+    layers = shared_mlps(model)
+    if not layers:
+        raise InvalidArgument("model: has no SharedMLP; compress it or load a fips_ext checkpoint first")
+    used = 0
+    for layer in layers.values():
+        cache = DenseCache.plan(layer)
+        size = cache.nbytes(layer)
+        fits = size > 0 and (max_bytes is None or used + size <= max_bytes)
+        layer.dense_cache = cache if fits else None
+        if fits:
+            cache.fill(layer)
+            used += size
+    return used
