@@ -11,7 +11,7 @@ function(fips_add_isa_sources target)
     # GCC 12 warns inside its own AVX-512 header (an "undefined" vector that is never read).
     set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512
       -Wno-maybe-uninitialized -Wno-uninitialized)
-    set(avx512_bf16 ${avx512} -mavx512bf16 -mavx512vbmi -mavx512vbmi2)
+    set(avx512_bf16 ${avx512} -mavx512bf16 -mavx512vbmi2)
     set(amx ${avx512_bf16} -mamx-tile -mamx-bf16)
     foreach(isa IN ITEMS avx2 avx512 avx512_bf16 amx)
       target_sources(${target} PRIVATE csrc/kernels/cpu/isa_${isa}.cpp)

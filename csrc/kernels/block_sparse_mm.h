@@ -34,8 +34,10 @@ struct MmEpilogue {
 
 namespace cpu {
 
-// Bytes of scratch memory that block_sparse_mm needs (64-byte aligned, any content); may be 0.
-int64_t block_sparse_mm_workspace(const BlockSparseMmParams& params);
+// Bytes of scratch memory that block_sparse_mm needs for the same arguments (any content); may be
+// 0.
+int64_t block_sparse_mm_workspace(const BlockSparseMmParams& params, const MmEpilogue& epilogue,
+                                  const Parallel& parallel);
 
 // Memory-safe for any contents of the index, masks and values, provided that the views have the
 // lengths that check_sizes asks for: entries that point outside are skipped, and then the result is

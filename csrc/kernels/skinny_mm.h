@@ -17,7 +17,7 @@ struct SkinnyMmParams {
       false;  // false: out = x * matrix, [tokens, rows] -> [tokens, cols]
               // true: out = x * matrix^T + bias + addend, [tokens, cols] -> [tokens, rows]
   const void* x = nullptr;  // [tokens, features]
-  int64_t tokens = 0;       // meant for few
+  int64_t tokens = 0;       // meant for kFewTokens
   int64_t x_stride = 0;
   const void* bias = nullptr;    // only with transpose
   const void* addend = nullptr;  // only with transpose: [tokens, rows]
@@ -30,7 +30,10 @@ struct SkinnyMmParams {
 
 namespace cpu {
 
-// Bytes of scratch memory (64-byte aligned, any content).
+// Most tokens that the kernels for a few tokens are meant for.
+inline constexpr int64_t kFewTokens = 16;
+
+// Bytes of scratch memory (any content).
 int64_t skinny_mm_workspace(const SkinnyMmParams& params);
 
 // Sums in the accumulator type, each in a fixed order whatever the number of threads.

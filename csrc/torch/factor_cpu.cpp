@@ -22,6 +22,7 @@ void Factor::verify() const {
 
 const Tensor& Factor::dense_transposed() const {
   if (!dense_.has_value()) {
+    verify();  // the filling follows the index
     Tensor dense = make_empty(values(), {view().cols, view().rows});
     cpu::fill_dense_transposed(view(), dense.mutable_data_ptr(), kTorchThreads);
     dense_ = dense;
@@ -63,7 +64,7 @@ Tensor Factor::run(const Tensor& x, bool transpose, const OptionalTensor& bias, 
     epilogue.gate_bias = pointer(gate_bias);
   }
   // Fresh memory of this size would be mapped and zeroed page by page at every call.
-  char* workspace = thread_scratch(cpu::block_sparse_mm_workspace(p));
+  char* workspace = thread_scratch(cpu::block_sparse_mm_workspace(p, epilogue, kTorchThreads));
   if (!cpu::block_sparse_mm(p, epilogue, workspace, kTorchThreads)) {
     verify();
     if (gate != nullptr) {

@@ -120,8 +120,7 @@ Tensor Mlp::forward(const Tensor& x) const {
 }
 
 bool Mlp::is_few(int64_t tokens) const {
-  constexpr int64_t kFewTokens = 16;
-  return tokens > 0 && tokens <= kFewTokens && (!gate_.has_value() || up_.is_like(*gate_));
+  return tokens > 0 && tokens <= cpu::kFewTokens && (!gate_.has_value() || up_.is_like(*gate_));
 }
 
 void Mlp::forward_few(const void* x, int64_t tokens, void* y) const {
@@ -172,9 +171,10 @@ void Mlp::forward_few(const void* x, int64_t tokens, void* y) const {
   const int64_t z_at = plan.add(tokens * z_stride * size);
   const int64_t h_at = plan.add(tokens * hidden * size);
   const int64_t w_at = plan.add(tokens * w_stride * size);
-  const int64_t work_at = plan.add(
-      max_of(max_of(cpu::skinny_mm_workspace(in), cpu::skinny_mm_workspace(out)),
-             max_of(cpu::block_sparse_mm_workspace(up), cpu::block_sparse_mm_workspace(down))));
+  const int64_t work_at =
+      plan.add(max_of(max_of(cpu::skinny_mm_workspace(in), cpu::skinny_mm_workspace(out)),
+                      max_of(cpu::block_sparse_mm_workspace(up, epilogue, kTorchThreads),
+                             cpu::block_sparse_mm_workspace(down, {}, kTorchThreads))));
   char* scratch = thread_scratch(plan.bytes());
   char* work = scratch + work_at;
   in.out = scratch + z_at;

@@ -42,7 +42,8 @@ void write_permuted_lower(const T* lu, const int32_t* pivots, int64_t m, int64_t
   std::vector<int64_t> row(static_cast<size_t>(m));
   std::iota(row.begin(), row.end(), 0);
   for (int64_t i = 0; i < n; ++i) {
-    std::swap(row[i], row[pivots[i] - 1]);
+    const int64_t pivot = min_of(max_of(pivots[i], 1), m);  // NaNs leave LAPACK's undefined
+    std::swap(row[i], row[pivot - 1]);
   }
   for (int64_t i = 0; i < m; ++i) {
     T* to = out + row[i] * n;

@@ -3,10 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "elements.h"
 #include "isa_fixture.h"
 #include "kernels/block_sparse_mm.h"
+#include "kernels/block_sparse_sddmm.h"
 #include "kernels/skinny_mm.h"
 #include "slices.h"
 
@@ -67,7 +69,8 @@ void expect_product(const TypedSlice& slice, const TypedSlice* gate, DType dtype
     gate_view = gate->packed.view(dtype);
     epilogue = {Activation::kSilu, &gate_view, gate_bias.data()};
   }
-  std::vector<char> workspace(static_cast<size_t>(cpu::block_sparse_mm_workspace(p)));
+  std::vector<char> workspace(
+      static_cast<size_t>(cpu::block_sparse_mm_workspace(p, epilogue, kManyThreads)));
   ASSERT_TRUE(cpu::block_sparse_mm(p, epilogue, workspace.data(), kManyThreads));
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t o = 0; o < out; ++o) {
@@ -135,12 +138,152 @@ TEST_P(ElementTypes, SumsOverSeveralRunsOfTiles) {
   }
 }
 
+// Whatever the index and the masks hold, nothing outside is read (ASan looks on) and the caller
+// learns of it.
+TEST_P(ElementTypes, StrayIndicesAreSkippedAndReported) {
+  using Index = std::vector<int32_t> PackedSlice::*;
+  constexpr Index kIndices[] = {&PackedSlice::col_ptr, &PackedSlice::row_idx, &PackedSlice::row_ptr,
+                                &PackedSlice::col_idx, &PackedSlice::block_id};
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (int32_t edge : {16, 32, 64}) {
+      for (bool bitmap : {false, true}) {
+        const TypedSlice slice(150, 141, edge, edge, bitmap, dtype, 21);
+        for (int64_t tokens : {1, 2, 5, 9, 16, 17}) {
+          for (bool transpose : {false, true}) {
+            SCOPED_TRACE(::testing::Message()
+                         << dtype_name(dtype) << " " << edge << " bitmap=" << bitmap
+                         << " tokens=" << tokens << " transpose=" << transpose);
+            const int64_t in = transpose ? 141 : 150, out = transpose ? 150 : 141;
+            Elements x(random_vector(tokens * in, 22), dtype);
+            Elements y(std::vector<float>(static_cast<size_t>(tokens * out)), dtype);
+            // The damaged slice as the factor itself, or as its gate.
+            auto run = [&](const PackedSlice& damaged, bool as_gate) {
+              const BlockSparseView whole = slice.packed.view(dtype), bad = damaged.view(dtype);
+              BlockSparseMmParams p;
+              p.v = as_gate ? whole : bad;
+              p.transpose = transpose;
+              p.x = x.data();
+              p.tokens = tokens;
+              p.x_stride = in;
+              p.out = y.data();
+              p.out_stride = out;
+              MmEpilogue epilogue;
+              epilogue.gate = as_gate ? &bad : nullptr;
+              std::vector<char> workspace(
+                  static_cast<size_t>(cpu::block_sparse_mm_workspace(p, epilogue, kManyThreads)));
+              return cpu::block_sparse_mm(p, epilogue, workspace.data(), kManyThreads);
+            };
+            for (bool as_gate : transpose ? std::vector<bool>{false} : std::vector{false, true}) {
+              for (int32_t value : {-1, 1 << 30}) {
+                for (Index index : kIndices) {
+                  PackedSlice damaged = slice.packed;
+                  (damaged.*index)[1] = value;
+                  const bool used = transpose != (index == kIndices[0] || index == kIndices[1]);
+                  EXPECT_EQ(run(damaged, as_gate), !used);
+                }
+              }
+              if (bitmap) {
+                PackedSlice damaged = slice.packed;
+                damaged.block_ptr[1] = 1 << 30;
+                EXPECT_FALSE(run(damaged, as_gate));
+                damaged = slice.packed;
+                std::fill(damaged.mask.begin(), damaged.mask.end(), 0xff);
+                EXPECT_TRUE(run(damaged, as_gate));
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Bit for bit, whatever the number of threads: every output is summed by one of them, in one order.
+TEST_P(ElementTypes, ThreadsDoNotChangeTheResult) {
+  for (DType dtype : kTypes) {
+    for (bool bitmap : {false, true}) {
+      const TypedSlice slice(300, 333, 32, 32, bitmap, dtype, 51);
+      for (int64_t tokens : {1, 8, 300}) {
+        for (bool transpose : {false, true}) {
+          const int64_t in = transpose ? 333 : 300, out = transpose ? 300 : 333;
+          Elements x(random_vector(tokens * in, 52), dtype);
+          auto run = [&](const Parallel& parallel) {
+            Elements y(std::vector<float>(static_cast<size_t>(tokens * out)), dtype);
+            BlockSparseMmParams p;
+            p.v = slice.packed.view(dtype);
+            p.transpose = transpose;
+            p.x = x.data();
+            p.tokens = tokens;
+            p.x_stride = in;
+            p.out = y.data();
+            p.out_stride = out;
+            std::vector<char> workspace(
+                static_cast<size_t>(cpu::block_sparse_mm_workspace(p, {}, parallel)));
+            EXPECT_TRUE(cpu::block_sparse_mm(p, {}, workspace.data(), parallel));
+            return y;
+          };
+          const Elements one = run(kSerial), many = run(kManyThreads);
+          EXPECT_EQ(std::memcmp(one.data(), many.data(),
+                                static_cast<size_t>(tokens * out * element_size(dtype))),
+                    0)
+              << dtype_name(dtype) << " bitmap=" << bitmap << " tokens=" << tokens
+              << " transpose=" << transpose;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(ElementTypes, SampledProductsMatch) {
+  constexpr int32_t kBlocks[][2] = {{16, 32}, {64, 16}, {128, 128}};
+  for (DType dtype : kTypes) {
+    for (const auto& block : kBlocks) {
+      const TypedSlice slice(90, 141, block[0], block[1], false, dtype, 61);
+      for (int64_t tokens : {0, 1, 2, 67, 130}) {
+        const int64_t a_stride = 93, b_stride = 150;
+        Elements a(random_vector(tokens * a_stride, 62), dtype);
+        Elements b(random_vector(tokens * b_stride, 63), dtype);
+        const DType sum_type = dtype == DType::kFloat64 ? dtype : DType::kFloat32;
+        Elements sums(std::vector<float>(static_cast<size_t>(slice.packed.num_values()), 0.5f),
+                      sum_type);
+        BlockSparseSddmmParams p;
+        p.v = slice.packed.view(dtype);
+        p.a = a.data();
+        p.a_stride = a_stride;
+        p.b = b.data();
+        p.b_stride = b_stride;
+        p.tokens = tokens;
+        p.out = sums.data();
+        p.accumulate = true;
+        cpu::block_sparse_sddmm(p, kManyThreads);
+        const BlockSparseView& v = p.v;
+        int64_t edge = 0;
+        for (int64_t i = 0; i < v.num_blocks; ++i) {
+          while (v.col_ptr[edge + 1] <= i) {
+            ++edge;
+          }
+          for (int64_t slot = 0; slot < v.slots(); ++slot) {
+            const int64_t j = edge * v.bn + slot / v.bk, k = v.row_idx[i] * v.bk + slot % v.bk;
+            double exact = 0.5;
+            for (int64_t t = 0; t < tokens && j < 141 && k < 90; ++t) {
+              exact += a[t * a_stride + k] * b[t * b_stride + j];
+            }
+            ASSERT_NEAR(sums[i * v.slots() + slot], exact, tolerance(sum_type, exact))
+                << dtype_name(dtype) << " " << block[0] << "x" << block[1] << " tokens=" << tokens
+                << " block " << i << " slot " << slot;
+          }
+        }
+      }
+    }
+  }
+}
+
 void expect_skinny_products(int64_t rows, int64_t cols) {
   const int64_t stride = 320;
   for (DType dtype : kTypes) {
     Elements matrix(random_vector(rows * cols, 41), dtype);
     for (bool transpose : {false, true}) {
-      for (int64_t tokens : {1, 2, 3, 7, 16}) {
+      for (int64_t tokens : {1, 2, 3, 7, 16, 57}) {
         SCOPED_TRACE(::testing::Message()
                      << dtype_name(dtype) << " tokens=" << tokens << " transpose=" << transpose);
         const int64_t in = transpose ? cols : rows, out = transpose ? rows : cols;

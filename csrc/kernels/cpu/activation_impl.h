@@ -99,7 +99,8 @@ FIPS_INLINE double erf_of(double x) { return std::erf(x); }
 
 template <class A, class V>
 FIPS_INLINE V sigmoid(V x) {
-  return reciprocal(A(1) + exp_of(-x));
+  // Exactly 0 where exp_of stops growing: the rest of it would grow again with a factor of x.
+  return x < A(-88) ? V{} : reciprocal(A(1) + exp_of(-x));
 }
 
 // Calls body(the activation as a constant).

@@ -7,8 +7,8 @@
 namespace fips::cpu {
 namespace {
 
-constexpr int64_t kPanelBytes = 16 << 20;  // of x copied at once: bounds the workspace
-constexpr int64_t kMinPanelTokens = 512;   // below this, weight tiles would be made too often
+constexpr int64_t kPanelBytes = 16 << 20;  // of x copied at once, unless it is this few tokens:
+constexpr int64_t kMinPanelTokens = 512;
 constexpr int64_t kBypassBytes = 8 << 20, kLineBytes = 64;
 
 int64_t output_edges(const BlockSparseMmParams& p) {
@@ -22,14 +22,18 @@ MmTask make_task(const BlockSparseMmParams& p, const MmEpilogue& epilogue = {},
 
 // Reading the blocks twice still beats making weight tiles for so few tokens.
 bool streams(const KernelTable& kernels, const BlockSparseMmParams& p) {
-  return p.tokens <= min_of(kStreamTokens, 2 * kernels.mm_stream_tokens(p));
+  return p.tokens <= min_of(kFewTokens, 2 * kernels.mm_stream_tokens(p));
 }
 
-// Tokens whose x is packed at once.
-int64_t panel_tokens(const MmTask& task, const MmPanel& panel) {
+// Tokens that are packed, then multiplied, at a time: two groups per thread at most, so that their
+// panels are still in that thread's cache; evenly, because weight tiles are made anew each time.
+int64_t step_tokens(const KernelTable& kernels, const MmTask& task, int64_t threads) {
+  const MmPanel panel = kernels.mm_panel(task.params.v.dtype);
   const int64_t fit = kPanelBytes / max_of(1, task.padded * panel.element_size);
-  return min_of(task.params.tokens,
-                max_of(kMinPanelTokens, fit / kMinPanelTokens * kMinPanelTokens));
+  const int64_t near = round_up(kernels.mm_max_group(task), panel.rows) * threads * 2;
+  const int64_t most = min_of(near, max_of(kMinPanelTokens, fit));
+  const int64_t tokens = task.params.tokens;
+  return round_up(ceil_div(tokens, ceil_div(tokens, most)), panel.rows);
 }
 
 BlockSparseMmParams token_range(BlockSparseMmParams p, int64_t first, int64_t count) {
@@ -96,14 +100,18 @@ void run_tiled(const KernelTable& kernels, MmTask task, void* workspace, const P
 
 }  // namespace
 
-int64_t block_sparse_mm_workspace(const BlockSparseMmParams& p) {
+int64_t block_sparse_mm_workspace(const BlockSparseMmParams& p, const MmEpilogue& epilogue,
+                                  const Parallel& parallel) {
+  if (p.tokens == 0) {
+    return 0;
+  }
   const KernelTable& kernels = kernel_table();
-  const MmTask task = make_task(p);
-  const MmPanel panel = kernels.mm_panel(p.v.dtype);
+  const MmTask task = make_task(p, epilogue);
   if (streams(kernels, p)) {
     return p.tokens * task.padded * kernels.mm_stream_element(task);
   }
-  return round_up(panel_tokens(task, panel), panel.rows) * task.padded * panel.element_size;
+  return step_tokens(kernels, task, parallel.threads()) * task.padded *
+         kernels.mm_panel(p.v.dtype).element_size;
 }
 
 bool block_sparse_mm(const BlockSparseMmParams& p, const MmEpilogue& epilogue, void* workspace,
@@ -121,12 +129,7 @@ bool block_sparse_mm(const BlockSparseMmParams& p, const MmEpilogue& epilogue, v
     }
     return !stray;
   }
-  // Two groups per thread at a time: their panels are still in that thread's cache when it
-  // multiplies.
-  const MmPanel panel = kernels.mm_panel(p.v.dtype);
-  const MmTask whole = make_task(p, epilogue);
-  const int64_t near = round_up(kernels.mm_max_group(whole), panel.rows) * parallel.threads() * 2;
-  const int64_t step = min_of(panel_tokens(whole, panel), near);
+  const int64_t step = step_tokens(kernels, make_task(p, epilogue), parallel.threads());
   const bool bypass = bypasses_cache(p);
   for (int64_t first = 0; first < p.tokens; first += step) {
     const BlockSparseMmParams part = token_range(p, first, min_of(step, p.tokens - first));

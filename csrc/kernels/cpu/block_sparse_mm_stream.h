@@ -13,8 +13,8 @@ namespace {
 bool streams_tiles([[maybe_unused]] const BlockSparseMmParams& p) {
 #if defined(__AMX_BF16__)
   auto fits = [](int64_t edge) { return edge == 32 || edge == 64; };
-  return p.v.dtype == DType::kBFloat16 && p.tokens > 1 && p.tokens <= kStreamTokens &&
-         fits(p.v.bk) && fits(p.v.bn);
+  return p.v.dtype == DType::kBFloat16 && p.tokens > 1 && p.tokens <= kFewTokens && fits(p.v.bk) &&
+         fits(p.v.bn);
 #else
   return false;
 #endif
@@ -93,8 +93,8 @@ class StreamTask {
   }
 
   const MmTask& task_;
-  StreamToken<L> one_;
-  StreamTokens<L> few_;
+  OneToken<L> one_;
+  FewTokens<L> few_;
 #if defined(__AMX_BF16__)
   std::optional<StreamTiles> tiles_;
 #endif
@@ -111,7 +111,7 @@ FIPS_INLINE auto with_stream_lanes(const BlockSparseView& v, F&& body) {
 
 // Most tokens that mm_stream takes here.
 int64_t mm_stream_tokens(const BlockSparseMmParams& p) {
-  return streams_tiles(p) ? kStreamTokens : kVectorTokens;
+  return streams_tiles(p) ? kFewTokens : kVectorTokens;
 }
 
 // Bytes of an element of x as mm_stream_pack lays it out; 0 where mm_stream reads x in place, since

@@ -4,6 +4,7 @@
 
 #include "kernels/cpu/block_tile.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/element_type.h"
 
 namespace fips::cpu::FIPS_ISA {
 namespace {
@@ -47,7 +48,7 @@ FIPS_INLINE int64_t compress_sixteen(uint32_t bits, const T* row, Accumulator<T>
 template <class E>
 void fill_columns(const BlockSparseView& v, E* out, int64_t begin, int64_t end) {
   const E* values = static_cast<const E*>(v.values);
-  E scratch[128];
+  E scratch[kMaxEdge];
   for (int64_t edge = begin; edge < end; ++edge) {
     const int64_t column = edge * v.bn, cols = min_of(v.bn, v.cols - column);
     memset(out + column * v.rows, 0, static_cast<size_t>(cols * v.rows) * sizeof(E));
@@ -79,7 +80,7 @@ void gather_columns(const GatherParams& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   const BlockSparseView& v = p.v;
   const T* dense = static_cast<const T*>(p.dense);
-  T scratch[128];
+  T scratch[kMaxEdge];
   for (int64_t edge = begin; edge < end; ++edge) {
     const int64_t column = edge * v.bn;
     for (int64_t b = v.col_ptr[edge]; b < v.col_ptr[edge + 1]; ++b) {
@@ -116,16 +117,8 @@ void fill(const BlockSparseView& v, void* out, int64_t begin, int64_t end) {
 }
 
 void gather(const GatherParams& p, int64_t begin, int64_t end) {
-  switch (p.dense_dtype) {
-    case DType::kFloat32:
-      return gather_columns<float>(p, begin, end);
-    case DType::kFloat64:
-      return gather_columns<double>(p, begin, end);
-    case DType::kBFloat16:
-      return gather_columns<BFloat16>(p, begin, end);
-    case DType::kFloat16:
-      return gather_columns<Half>(p, begin, end);
-  }
+  with_element_type(p.dense_dtype,
+                    [&](auto element) { gather_columns<decltype(element)>(p, begin, end); });
 }
 
 }  // namespace

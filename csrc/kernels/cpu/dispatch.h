@@ -65,7 +65,7 @@ Isa active_isa();
 
 const KernelTable& kernel_table();
 
-// Most tokens that mm_stream can take, with and without tile registers; the tables may choose less.
-inline constexpr int64_t kStreamTokens = 16, kVectorTokens = 8;
+// Most tokens that mm_stream takes without tile registers; with them it takes kFewTokens.
+inline constexpr int64_t kVectorTokens = 8;
 
 }  // namespace fips::cpu

@@ -1,4 +1,4 @@
-// From float sums of a few tokens to stored outputs: bias, activation, gate, rounding. Included
+// From the sums of a few tokens to stored outputs: bias, activation, gate, rounding. Included
 // only from per-ISA units.
 #pragma once
 

@@ -204,17 +204,29 @@ struct ConvertedLanesOf<Half> {
 template <class T>
 using ConvertedLanes = typename ConvertedLanesOf<T>::type;
 
+// The lanes with the most products an instruction.
+template <class T>
+struct WidestLanesOf {
+  using type = ConvertedLanes<T>;
+};
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+template <>
+struct WidestLanesOf<BFloat16> {
+  using type = SlotLanes<BFloat16, true>;
+};
+#endif
+template <class T>
+using WidestLanes = typename WidestLanesOf<T>::type;
+
 // What a product with rows of weights `length` long runs on: calls body(the lanes). Rows of
 // bfloat16 too short for a register of pairs are converted.
 template <class T, class F>
 FIPS_INLINE auto with_lanes([[maybe_unused]] int64_t length, F&& body) {
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-  if constexpr (__is_same(T, BFloat16)) {
-    if (length % SlotLanes<T, true>::kWidth == 0) {
-      return body(SlotLanes<T, true>{});
+  if constexpr (!__is_same(WidestLanes<T>, ConvertedLanes<T>)) {
+    if (length % WidestLanes<T>::kWidth == 0) {
+      return body(WidestLanes<T>{});
     }
   }
-#endif
   return body(ConvertedLanes<T>{});
 }
 

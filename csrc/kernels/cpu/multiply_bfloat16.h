@@ -114,6 +114,14 @@ class PairRows {
 #endif
 
 #if defined(__AMX_BF16__)
+// _tile_loadd, after every store that comes before it: its definition names no memory, so compilers
+// may move or drop what fills a tile's source. The tile number is an immediate operand.
+#define FIPS_LOAD_TILE(tile, from, stride) \
+  do {                                     \
+    asm volatile("" ::: "memory");         \
+    _tile_loadd(tile, from, stride);       \
+  } while (false)
+
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -192,11 +200,11 @@ class AmxRows {
     Sum* second = first + 16 * outputs;
     const int64_t sum_bytes = outputs * 4, x_bytes = step * 2, weight_bytes = outputs * 4;
     if (accumulate) {
-      _tile_loadd(0, first, sum_bytes);
-      _tile_loadd(2, second, sum_bytes);
+      FIPS_LOAD_TILE(0, first, sum_bytes);
+      FIPS_LOAD_TILE(2, second, sum_bytes);
       if constexpr (kTwoColumns) {
-        _tile_loadd(1, first + 16, sum_bytes);
-        _tile_loadd(3, second + 16, sum_bytes);
+        FIPS_LOAD_TILE(1, first + 16, sum_bytes);
+        FIPS_LOAD_TILE(3, second + 16, sum_bytes);
       }
     } else {
       _tile_zero(0);
@@ -218,13 +226,13 @@ class AmxRows {
             __builtin_prefetch(next + line * 32);
           }
         }
-        _tile_loadd(6, weights, weight_bytes);
-        _tile_loadd(4, in, x_bytes);
+        FIPS_LOAD_TILE(6, weights, weight_bytes);
+        FIPS_LOAD_TILE(4, in, x_bytes);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, in + 16 * step, x_bytes);
+        FIPS_LOAD_TILE(5, in + 16 * step, x_bytes);
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (kTwoColumns) {
-          _tile_loadd(7, weights + 32, weight_bytes);
+          FIPS_LOAD_TILE(7, weights + 32, weight_bytes);
           _tile_dpbf16ps(1, 4, 7);
           _tile_dpbf16ps(3, 5, 7);
         }

@@ -9,8 +9,6 @@ namespace fips::cpu {
 namespace {
 
 constexpr int64_t kGrain = 32768;
-constexpr int64_t kSumChunk =
-    4096;  // fixed, so that a sum does not depend on the number of threads
 
 }  // namespace
 

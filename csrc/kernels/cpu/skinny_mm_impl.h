@@ -9,6 +9,19 @@
 namespace fips::cpu::FIPS_ISA {
 namespace {
 
+// One sum, with its bias and addend, to its output.
+template <class T>
+FIPS_INLINE void write_skinny(const SkinnyMmParams& p, Accumulator<T> sum, int64_t token,
+                              int64_t output) {
+  if (p.bias != nullptr) {
+    sum += to_accumulator(static_cast<const T*>(p.bias)[output]);
+  }
+  if (p.addend != nullptr) {
+    sum += to_accumulator(static_cast<const T*>(p.addend)[token * p.addend_stride + output]);
+  }
+  static_cast<T*>(p.out)[token * p.out_stride + output] = FromAccumulator<T>::convert(sum);
+}
+
 // out[t][row] = sum over columns of x[t][column] * matrix[row][column].
 template <class T, int64_t kRows, int64_t kTokens>
 FIPS_INLINE void dot_rows(const SkinnyMmParams& p, const Accumulator<T>* x, int64_t row,
@@ -35,15 +48,7 @@ FIPS_INLINE void dot_rows(const SkinnyMmParams& p, const Accumulator<T>* x, int6
       for (int64_t rest = c; rest < p.cols; ++rest) {
         sum += to_accumulator(matrix[r * p.cols + rest]) * x[(token + t) * p.cols + rest];
       }
-      if (p.bias != nullptr) {
-        sum += to_accumulator(static_cast<const T*>(p.bias)[row + r]);
-      }
-      if (p.addend != nullptr) {
-        sum += to_accumulator(
-            static_cast<const T*>(p.addend)[(token + t) * p.addend_stride + row + r]);
-      }
-      static_cast<T*>(p.out)[(token + t) * p.out_stride + row + r] =
-          FromAccumulator<T>::convert(sum);
+      write_skinny<T>(p, sum, token + t, row + r);
     }
   }
 }
@@ -148,17 +153,6 @@ bool skinny_in_pairs(const SkinnyMmParams& p) {
   return p.dtype == DType::kBFloat16 && p.tokens > 1 && p.cols % 32 == 0 && p.rows % 16 == 0;
 }
 
-void write_skinny(const SkinnyMmParams& p, float sum, int64_t token, int64_t output) {
-  if (p.bias != nullptr) {
-    sum += to_accumulator(static_cast<const BFloat16*>(p.bias)[output]);
-  }
-  if (p.addend != nullptr) {
-    sum += to_accumulator(static_cast<const BFloat16*>(p.addend)[token * p.addend_stride + output]);
-  }
-  static_cast<BFloat16*>(p.out)[token * p.out_stride + output] =
-      FromAccumulator<BFloat16>::convert(sum);
-}
-
 // `kTokens` tokens from `first` on, outputs [begin, end): multiples of 16 rows or 32 columns.
 template <int64_t kTokens>
 void skinny_pairs(const SkinnyMmParams& p, int64_t first, int64_t begin, int64_t end) {
@@ -170,8 +164,9 @@ void skinny_pairs(const SkinnyMmParams& p, int64_t first, int64_t begin, int64_t
     for (int64_t row = begin; row < end; row += kRows) {
       TokenDots<L, kTokens> dots;
       dots.add(matrix + row * p.cols, p.cols, x, p.x_stride, p.cols);
-      dots.finish([&](int64_t r, int64_t t, float sum)
-                      __attribute__((always_inline)) { write_skinny(p, sum, first + t, row + r); });
+      dots.finish([&](int64_t r, int64_t t, float sum) __attribute__((always_inline)) {
+        write_skinny<BFloat16>(p, sum, first + t, row + r);
+      });
     }
     return;
   }
@@ -184,7 +179,7 @@ void skinny_pairs(const SkinnyMmParams& p, int64_t first, int64_t begin, int64_t
     for (int64_t t = 0; t < kTokens; ++t) {
       L::finish_outputs(sums[t], count);
       for (int64_t i = 0; i < count; ++i) {
-        write_skinny(p, sums[t][i], first + t, column + i);
+        write_skinny<BFloat16>(p, sums[t][i], first + t, column + i);
       }
     }
   }
@@ -194,7 +189,7 @@ void skinny_pairs(const SkinnyMmParams& p, int64_t first, int64_t begin, int64_t
 #if defined(__AMX_BF16__)
 // Whether the tile registers do the product: 2 to 16 tokens of bfloat16, edges that fill the tiles.
 bool skinny_in_tiles(const SkinnyMmParams& p) {
-  return p.dtype == DType::kBFloat16 && p.tokens > 1 && p.tokens <= kStreamTokens &&
+  return p.dtype == DType::kBFloat16 && p.tokens > 1 && p.tokens <= kFewTokens &&
          p.cols % 32 == 0 && p.rows % (p.transpose ? 16 : 32) == 0;
 }
 
@@ -214,7 +209,7 @@ void skinny_tiles(const SkinnyMmParams& p, const BFloat16* packed, int64_t begin
     tiles.end_edge(count, sums);
     for (int64_t t = 0; t < p.tokens; ++t) {
       for (int64_t i = 0; i < count; ++i) {
-        write_skinny(p, sums.total[t][i], t, first + i);
+        write_skinny<BFloat16>(p, sums.total[t][i], t, first + i);
       }
     }
   }

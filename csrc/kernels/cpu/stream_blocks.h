@@ -11,7 +11,7 @@ namespace {
 // The sums of an output edge.
 template <class A>
 struct StreamSums {
-  alignas(64) A total[kStreamTokens][kMaxEdge];
+  alignas(64) A total[kFewTokens][kMaxEdge];
 };
 
 // Calls `body` with a function that returns the next register of the block's slots, in order.
@@ -65,7 +65,7 @@ static inline __attribute__((always_inline)) void read_slots(const BlockSparseVi
 // One token. Every stored byte is read once, in order, and used where it lands: expanded and
 // converted in registers.
 template <class L>
-class StreamToken {
+class OneToken {
   using T = typename L::Stored;
   using A = Accumulator<T>;
   using Element = typename L::Element;
@@ -147,16 +147,17 @@ class StreamToken {
   alignas(64) T scratch_[kMaxEdge * kMaxEdge];
 };
 
-// 2 to kMostTokens tokens. Forward, a few rows of every block of the edge at a time, so that their
+// Up to kMostTokens tokens. Forward, a few rows of every block of the edge at a time, so that their
 // sums never leave the registers; what a bitmap leaves out is filled in just before.
 template <class L>
-class StreamTokens {
+class FewTokens {
+  static_assert(kVectorTokens <= kMostTokens);
   using T = typename L::Stored;
   using A = Accumulator<T>;
   using Element = typename L::Element;
 
  public:
-  explicit StreamTokens(int64_t tokens) : tokens_(tokens) {}
+  explicit FewTokens(int64_t tokens) : tokens_(tokens) {}
 
   // Forward: the edge's blocks, then end.
   void add_dots(const BlockSparseView& v, int64_t b, const Element* x, int64_t x_stride,

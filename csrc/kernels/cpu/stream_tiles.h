@@ -56,19 +56,19 @@ class StreamTiles {
       for (int64_t row = 0; row < 16 * tiles; ++row) {
         __builtin_prefetch(weights + row * stride + kAhead);
       }
-      _tile_loadd(5, x + k * tokens_, 4 * tokens_);
-      _tile_loadd(4, weights, 2 * stride);
+      FIPS_LOAD_TILE(5, x + k * tokens_, 4 * tokens_);
+      FIPS_LOAD_TILE(4, weights, 2 * stride);
       _tile_dpbf16ps(0, 4, 5);
       if (tiles > 1) {
-        _tile_loadd(4, weights + 16 * stride, 2 * stride);
+        FIPS_LOAD_TILE(4, weights + 16 * stride, 2 * stride);
         _tile_dpbf16ps(1, 4, 5);
       }
       if (tiles > 2) {
-        _tile_loadd(4, weights + 32 * stride, 2 * stride);
+        FIPS_LOAD_TILE(4, weights + 32 * stride, 2 * stride);
         _tile_dpbf16ps(2, 4, 5);
       }
       if (tiles > 3) {
-        _tile_loadd(4, weights + 48 * stride, 2 * stride);
+        FIPS_LOAD_TILE(4, weights + 48 * stride, 2 * stride);
         _tile_dpbf16ps(3, 4, 5);
       }
     }
@@ -93,15 +93,15 @@ class StreamTiles {
         }
       }
       const int64_t row_bytes = 128 * vectors;
-      _tile_loadd(4, x + j, 2 * x_stride);
-      _tile_loadd(5, scratch_, row_bytes);
+      FIPS_LOAD_TILE(4, x + j, 2 * x_stride);
+      FIPS_LOAD_TILE(5, scratch_, row_bytes);
       _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(5, scratch_ + 32, row_bytes);
+      FIPS_LOAD_TILE(5, scratch_ + 32, row_bytes);
       _tile_dpbf16ps(1, 4, 5);
       if (vectors == 2) {
-        _tile_loadd(5, scratch_ + 64, row_bytes);
+        FIPS_LOAD_TILE(5, scratch_ + 64, row_bytes);
         _tile_dpbf16ps(2, 4, 5);
-        _tile_loadd(5, scratch_ + 96, row_bytes);
+        FIPS_LOAD_TILE(5, scratch_ + 96, row_bytes);
         _tile_dpbf16ps(3, 4, 5);
       }
     }
@@ -149,15 +149,15 @@ class StreamTiles {
     const BFloat16* weights = block_elements(v, b, scratch_);
     const int64_t row_bytes = 2 * v.bk;
     for (int64_t k = 0; k < v.bk; k += 32, weights += 32) {
-      _tile_loadd(5, x + k * tokens_, 4 * tokens_);
-      _tile_loadd(4, weights, row_bytes);
+      FIPS_LOAD_TILE(5, x + k * tokens_, 4 * tokens_);
+      FIPS_LOAD_TILE(4, weights, row_bytes);
       _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(4, weights + 16 * v.bk, row_bytes);
+      FIPS_LOAD_TILE(4, weights + 16 * v.bk, row_bytes);
       _tile_dpbf16ps(1, 4, 5);
       if (v.bn == 64) {
-        _tile_loadd(4, weights + 32 * v.bk, row_bytes);
+        FIPS_LOAD_TILE(4, weights + 32 * v.bk, row_bytes);
         _tile_dpbf16ps(2, 4, 5);
-        _tile_loadd(4, weights + 48 * v.bk, row_bytes);
+        FIPS_LOAD_TILE(4, weights + 48 * v.bk, row_bytes);
         _tile_dpbf16ps(3, 4, 5);
       }
     }
@@ -168,15 +168,15 @@ class StreamTiles {
     const BFloat16* weights = scratch_;
     const int64_t row_bytes = 4 * v.bk;
     for (int64_t j = 0; j < v.bn; j += 32, weights += 32 * v.bk) {
-      _tile_loadd(4, x + j, 2 * stride);
-      _tile_loadd(5, weights, row_bytes);
+      FIPS_LOAD_TILE(4, x + j, 2 * stride);
+      FIPS_LOAD_TILE(5, weights, row_bytes);
       _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(5, weights + 32, row_bytes);
+      FIPS_LOAD_TILE(5, weights + 32, row_bytes);
       _tile_dpbf16ps(1, 4, 5);
       if (v.bk == 64) {
-        _tile_loadd(5, weights + 64, row_bytes);
+        FIPS_LOAD_TILE(5, weights + 64, row_bytes);
         _tile_dpbf16ps(2, 4, 5);
-        _tile_loadd(5, weights + 96, row_bytes);
+        FIPS_LOAD_TILE(5, weights + 96, row_bytes);
         _tile_dpbf16ps(3, 4, 5);
       }
     }

@@ -1,5 +1,5 @@
 // A few tokens times rows of weights, all sums in registers: each weight is loaded once for all
-// tokens, each x once for several rows. The weights are blocks (stream_tokens.h) or a dense matrix
+// tokens, each x once for several rows. The weights are blocks (stream_blocks.h) or a dense matrix
 // (skinny_mm_impl.h). Included only from per-ISA units.
 #pragma once
 
@@ -132,10 +132,12 @@ class TokenScales {
   }
 };
 
-// Calls body with the number of tokens, 2 to kMostTokens, as a constant.
+// Calls body with the number of tokens, 1 to kMostTokens, as a constant.
 template <class F>
 FIPS_INLINE void with_tokens(int64_t tokens, F&& body) {
   switch (tokens) {
+    case 1:
+      return body(std::integral_constant<int64_t, 1>{});
     case 2:
       return body(std::integral_constant<int64_t, 2>{});
     case 3:
