@@ -61,11 +61,13 @@ class Case:
 
 
 def cases(shapes: Sequence[Shape], quick: bool) -> Iterator[Case]:
-    for rank_share in (0.5,) if quick else (0.5, 1.0):
-        for setting in settings(shapes, quick):
-            for dtype in DTYPES:
-                for tokens in QUICK_TOKENS if quick else TOKENS:
-                    yield Case(setting, dtype, rank_share, tokens)
+    ranks = [(0.5, setting) for setting in settings(shapes, quick)]
+    if not quick:
+        ranks += [(1.0, setting) for setting in settings(shapes, quick=True)]
+    for rank_share, setting in ranks:
+        for dtype in DTYPES:
+            for tokens in QUICK_TOKENS if quick else TOKENS:
+                yield Case(setting, dtype, rank_share, tokens)
     if not quick:
         for tokens in (197, 1576):
             yield Case(Setting(shapes[0]), torch.float16, 0.5, tokens)
