@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 
+#include "core/huge_pages.h"
 #include "core/math.h"
 
 namespace fips {
@@ -23,6 +24,7 @@ inline char* thread_scratch(int64_t bytes) {
     memory.reset(
         static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})));
     size = bytes;
+    advise_huge_pages(memory.get(), size);
   }
   return memory.get();
 }

@@ -14,6 +14,7 @@
 
 #include "core/check.h"
 #include "core/format.h"
+#include "core/huge_pages.h"
 #include "core/parallel.h"
 
 namespace fips {
@@ -109,7 +110,13 @@ inline std::vector<int64_t> with_last_dim(const Tensor& t, int64_t features) {
 
 inline Tensor make_empty(const Tensor& like, const std::vector<int64_t>& sizes,
                          std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  Tensor t = torch::stable::new_empty(like, sizes, dtype);
+  constexpr int64_t kLargeBytes = 4 << 20;
+  const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
+  if (bytes >= kLargeBytes && !t.is_cuda()) {
+    advise_huge_pages(t.mutable_data_ptr(), bytes);
+  }
+  return t;
 }
 inline Tensor make_zeros(const Tensor& like, const std::vector<int64_t>& sizes,
                          std::optional<ScalarType> dtype = std::nullopt) {
