@@ -194,6 +194,8 @@ def test_compress_refuses_an_output_before_any_work(tmp_path, compressions):
     (tmp_path / "other" / "thesis.txt").write_text("x")
     arguments = ["compress", "no-such-model", "--ratio", 0.5, "--out"]
     assert "is a file" in refusal(*arguments, tmp_path / "file")
+    assert "cannot write to" in refusal(*arguments, tmp_path / "file" / "below")
+    assert "cannot write to /proc" in refusal(*arguments, "/proc/small")
     assert "is not empty" in refusal(*arguments, tmp_path / "other")
     assert "other than a fips checkpoint" in refusal(*arguments, tmp_path / "other", "--overwrite")
     assert (tmp_path / "other" / "thesis.txt").exists()

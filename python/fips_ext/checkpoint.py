@@ -85,6 +85,7 @@ def save_pretrained(
         with replaced_directory(target) as folder:
             save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
             (folder / _STRUCTURE).write_text(text, encoding="utf-8")
+            (folder / _WEIGHTS).chmod((folder / _STRUCTURE).stat().st_mode)  # safetensors leaves 0600
             _save_config(model, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class FipsError(Exception):
-    """Base class: catch this to catch everything that fips_ext raises on purpose."""
+    """Base class of what the Python layers raise on purpose. The ops raise a plain ``ValueError``."""
 
 
 class InvalidArgument(FipsError, ValueError):

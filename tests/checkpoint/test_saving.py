@@ -195,3 +195,11 @@ def test_a_recipe_or_report_that_is_not_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="report: cannot be written as JSON"):
         save_toy(tmp_path / "toy", recipe=Recipe(ratio=0.5), report={"model": object()})
     assert not (tmp_path / "toy").exists()
+
+
+def test_every_file_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    model = Stack(PlainMLP())
+    share(model)
+    save_pretrained(model, tmp_path / "out")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert len(set(modes.values())) == 1, modes

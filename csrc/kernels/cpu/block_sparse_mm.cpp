@@ -2,7 +2,11 @@
 // hands out tasks.
 #include "kernels/block_sparse_mm.h"
 
+#include <numeric>
+#include <vector>
+
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/task_split.h"
 
 namespace fips::cpu {
 namespace {
@@ -44,25 +48,26 @@ BlockSparseMmParams token_range(BlockSparseMmParams p, int64_t first, int64_t co
   return p;
 }
 
-// Tokens per task of mm_tiled. A weight tile is made once per task, so groups are large, but cut
-// until the static split over threads leaves none of them idle for long.
-int64_t choose_group(const MmTask& task, const MmPanel& panel, int64_t max_group, int64_t threads) {
-  const int64_t tokens = task.params.tokens, edges = output_edges(task.params);
-  int64_t groups = ceil_div(tokens, max_group), best = groups;
-  double best_waste = 1e9;
-  for (int64_t limit = 4 * groups; groups <= limit; ++groups) {
-    const int64_t tasks = groups * edges;
-    const double waste =
-        static_cast<double>(ceil_div(tasks, threads) * threads) / static_cast<double>(tasks);
-    if (waste < best_waste - 0.05) {
-      best_waste = waste;
-      best = groups;
+// The running sum over output edges of the blocks that a token meets there. Indices are not to be
+// trusted yet.
+std::vector<int64_t> edge_work(const MmTask& task) {
+  constexpr int64_t kPerBlock = 8;  // against what every edge costs, whatever it stores
+  const BlockSparseMmParams& p = task.params;
+  const int64_t edges = output_edges(p);
+  std::vector<int64_t> work(static_cast<size_t>(edges) + 1);
+  auto add = [&](const BlockSparseView& v) {
+    const int32_t* ptr = p.transpose ? v.row_ptr : v.col_ptr;
+    for (int64_t e = 0; e < edges; ++e) {
+      const int64_t blocks = int64_t{ptr[e + 1]} - ptr[e];
+      work[e + 1] += kPerBlock * max_of(0, min_of(blocks, v.num_blocks)) + 1;
     }
-    if (tokens / (groups + 1) < 64) {
-      break;
-    }
+  };
+  add(p.v);
+  if (task.epilogue.gate != nullptr) {
+    add(*task.epilogue.gate);
   }
-  return round_up(ceil_div(tokens, best), panel.rows);
+  std::partial_sum(work.begin(), work.end(), work.begin());
+  return work;
 }
 
 // Outputs that no cache would keep until they are read are written past it, in whole lines; reading
@@ -93,9 +98,14 @@ void run_tiled(const KernelTable& kernels, MmTask task, void* workspace, const P
                max_of(1, 16384 / max_of(1, task.padded * panel.rows)),
                [&](int64_t begin, int64_t end) { kernels.mm_pack(task, workspace, begin, end); });
   task.panel = workspace;
-  task.group = choose_group(task, panel, kernels.mm_max_group(task), parallel.threads());
-  parallel_for(parallel, output_edges(task.params) * ceil_div(tokens, task.group), 1,
-               [&](int64_t begin, int64_t end) { kernels.mm_tiled(task, begin, end); });
+  const int64_t threads = parallel.threads();
+  const std::vector<int64_t> work = edge_work(task);
+  task.group = choose_group(work, tokens, kernels.mm_max_group(task), panel.rows, threads,
+                            task.params.in_features() > task.params.out_features());
+  const TaskSplit split(work, tokens, task.group, threads);
+  parallel_for(parallel, threads, 1, [&](int64_t begin, int64_t end) {
+    kernels.mm_tiled(task, split.first(begin), split.first(end));
+  });
 }
 
 }  // namespace

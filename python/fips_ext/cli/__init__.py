@@ -25,6 +25,11 @@ class _Group(typer.core.TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:  # 'fips info small | head': the reader has left, which is no failure of ours
             raise
+        except ModuleNotFoundError as error:
+            needs_extra = error.name in ("transformers", "accelerate", "gguf")
+            hint = "; pip install 'fips_ext[transformers]'" if needs_extra else ""
+            fail(ImportError(f"{error}{hint}"))
+            raise typer.Exit(1) from error
         except (FipsError, ImportError, OSError) as error:
             fail(error)
             raise typer.Exit(1) from error
