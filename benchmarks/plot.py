@@ -4,7 +4,8 @@
     python benchmarks/plot.py benchmarks/results/cpu/*.json --out plots
 
 Every ``name.json`` becomes ``name.md``, a Markdown table of its rows, and ``name.png`` (``--format svg`` for
-vectors): the ratio over each rival against the number of tokens.
+vectors): the ratio over each rival against the number of tokens. ``--where block=64x64`` plots the rows with
+that value alone, of those that have the key; it may be given several times.
 """
 
 from __future__ import annotations
@@ -135,7 +136,11 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, help="files that the benchmarks wrote with --json")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables and plots")
     parser.add_argument("--format", choices=("png", "svg"), default="png")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="KEY=VALUE", help="plot these rows only"
+    )
     args = parser.parse_args()
+    wanted = [condition.partition("=")[::2] for condition in args.where]
     args.out.mkdir(parents=True, exist_ok=True)
     for path in args.results:
         result = json.loads(path.read_text())
@@ -143,7 +148,13 @@ def main() -> None:
             print(f"{path.stem}: no rows (not of a kernel benchmark); skipped")
             continue
         (args.out / f"{path.stem}.md").write_text(to_markdown(path.stem, result))
-        measured = [row for row in result["rows"] if "ratio" in row and not row.get("summary")]
+        measured = [
+            row
+            for row in result["rows"]
+            if "ratio" in row
+            and not row.get("summary")
+            and all(str(row.get(key, value)) == value for key, value in wanted)
+        ]
         if measured:
             plot_ratios(path.stem, measured, args.out / f"{path.stem}.{args.format}")
         print(f"{path.stem}: {len(result['rows'])} rows")
