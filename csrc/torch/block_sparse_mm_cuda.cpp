@@ -1,5 +1,5 @@
 #include "kernels/cuda/block_sparse_mm.h"
-#include "torch/cuda_stream.h"
+#include "torch/cuda_scope.h"
 #include "torch/tensor_utils.h"
 
 namespace fips {
@@ -42,13 +42,11 @@ Tensor block_sparse_mm_cuda(const Tensor& x, const TensorList& v, int64_t rows, 
   params.bias = bias_row.has_value() ? bias_row->const_data_ptr() : nullptr;
   params.out = y.mutable_data_ptr();
   params.out_stride = out;
-  cuda::block_sparse_mm(params, scope.stream());
+  cuda::block_sparse_mm(params, {}, scope.stream());
   return y;
 }
 
 }  // namespace
 }  // namespace fips
 
-STABLE_TORCH_LIBRARY_IMPL(fips, CUDA, m) {
-  m.impl("block_sparse_mm", TORCH_BOX(&fips::block_sparse_mm_cuda));
-}
+FIPS_CUDA_LIBRARY(m) { m.impl("block_sparse_mm", TORCH_BOX(&fips::block_sparse_mm_cuda)); }

@@ -6,7 +6,11 @@
 // python/fips_ext/reference.py.
 #include <torch/csrc/stable/library.h>
 
+#if defined(FIPS_HOST_EMULATION)
+STABLE_TORCH_LIBRARY(fips_emulated, m) {  // torch/cuda_scope.h
+#else
 STABLE_TORCH_LIBRARY(fips, m) {
+#endif
   // x V (+ bias), or x V^T (+ bias) with `transpose`: [..., r] -> [..., n] or [..., n] -> [..., r].
   m.def(
       "block_sparse_mm(Tensor x, Tensor[] v, int rows, int cols, bool transpose, Tensor? bias) "

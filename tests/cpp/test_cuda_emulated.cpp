@@ -1,8 +1,6 @@
 // Runs the CUDA kernels of block_sparse_mm, from their own source, on the CPU
 // (csrc/kernels/cuda/emulation.h) against a float64 product. Catches wrong indices, masks, missing
 // waits and barriers without a GPU.
-#define FIPS_HOST_EMULATION
-
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -10,9 +8,8 @@
 #include <random>
 #include <vector>
 
-#include "kernels/cuda/block_sparse_mm_ffma_kernel.cuh"
-#include "kernels/cuda/block_sparse_mm_mma_kernel.cuh"
-#include "kernels/cuda/block_sparse_mm_select.h"
+#include "kernels/cuda/block_sparse_mm.h"
+#include "kernels/cuda/emulation.h"
 
 namespace fips::cuda {
 namespace {
@@ -21,7 +18,6 @@ struct Case {
   int64_t tokens = 7, rows = 100, cols = 90;
   int bk = 32, bn = 32;
   bool transposed = false, bitmap = false, bias = true;
-  int token_tile = 16;
   int skew = 0;  // elements by which pointers and strides miss their alignment
 };
 
@@ -166,34 +162,11 @@ class Problem {
   std::bernoulli_distribution coin_{0.6};
 };
 
-struct EmulatedLaunch {
-  MmTask task;
-  bool reverse;
-};
-
-template <class Config, class Kernel>
-void run_emulated(Kernel* kernel, int threads, const EmulatedLaunch& launch) {
-  const int64_t blocks = ceil_div(launch.task.tokens, Config::kTokens) * launch.task.out_blocks;
-  emulation::launch(kernel, blocks, threads, Config::kSharedBytes, launch.task, launch.reverse);
-}
-
-template <class Config>
-struct RunEmulated {
-  static void launch(const EmulatedLaunch& launch) {
-    if constexpr (sizeof(typename Config::Element) == 2) {
-      run_emulated<Config>(block_sparse_mm_mma<Config>, MmaWarps<Config>::kThreads, launch);
-    } else {
-      run_emulated<Config>(block_sparse_mm_ffma<Config>, FfmaThreads<Config>::kThreads, launch);
-    }
-  }
-};
-
+// On a device of one multiprocessor the tile is as tall as the tokens fill.
 template <class T>
-void run(const Problem<T>& problem, bool reverse) {
-  const Case& c = problem.c;
-  const MmChoice choice{c.transposed, c.bitmap, c.transposed ? c.bk : c.bn, c.token_tile};
-  MmSelect<MmConfig, RunEmulated, T>::launch(choice,
-                                             EmulatedLaunch{make_task(problem.params()), reverse});
+void run(const Problem<T>& problem, const MmEpilogue& epilogue, bool reverse) {
+  emulation::settings() = {{1, 80, 227 * 1024}, reverse};
+  block_sparse_mm(problem.params(), epilogue, nullptr);
 }
 
 template <class T>
@@ -217,13 +190,12 @@ void expect_outputs(const Problem<T>& problem) {
 template <class T>
 void expect_exact(const Case& c, bool both_orders = true) {
   SCOPED_TRACE(testing::Message() << dtype_name(kDType<T>) << " tokens " << c.tokens << " block "
-                                  << c.bk << "x" << c.bn << " tile " << c.token_tile
-                                  << " transposed " << c.transposed << " bitmap " << c.bitmap
-                                  << " skew " << c.skew);
+                                  << c.bk << "x" << c.bn << " transposed " << c.transposed
+                                  << " bitmap " << c.bitmap << " skew " << c.skew);
   Problem<T> problem(c);
   for (int reverse = 0; reverse <= static_cast<int>(both_orders); ++reverse) {
     problem.y.assign(problem.y.size(), Problem<T>::poison());
-    run(problem, reverse == 1);
+    run(problem, {}, reverse == 1);
     expect_outputs(problem);
   }
 }
@@ -242,20 +214,15 @@ class EveryBlock : public testing::TestWithParam<std::tuple<int, int, bool, bool
 TEST_P(EveryBlock, BFloat16) {
   Case c = make();
   expect_exact<BFloat16>(c);
-  c.token_tile = 64;
   c.tokens = 50;
   expect_exact<BFloat16>(c, false);
-  if (!c.bitmap) {  // which has no tile of 128 tokens
-    c.token_tile = 128;
-    c.tokens = 101;
-    expect_exact<BFloat16>(c, false);
-  }
+  c.tokens = 101;
+  expect_exact<BFloat16>(c, false);
 }
 
 TEST_P(EveryBlock, Float32) {
   Case c = make();
   expect_exact<float>(c);
-  c.token_tile = 64;
   c.tokens = 50;
   expect_exact<float>(c, false);
 }
@@ -290,13 +257,7 @@ TEST(CudaEmulated, LongReductionManyTokens) {
   expect_exact<BFloat16>(c);
 }
 
-// float16 shares everything but the instruction and the conversions with bfloat16.
-TEST(CudaEmulated, Float16) {
-  using Config = MmConfig<Half, 16, 32, false, false>;
-  Problem<Half> problem(Case{});
-  RunEmulated<Config>::launch({make_task(problem.params()), false});
-  expect_outputs(problem);
-}
+TEST(CudaEmulated, Float16) { expect_exact<Half>(Case{}); }
 
 // A device index cannot be validated on the host without waiting for the GPU: a broken one must be
 // skipped. Memory checkers watch the accesses; the other outputs must stay right.
@@ -318,7 +279,7 @@ TEST(CudaEmulated, BrokenIndicesAreSkipped) {
       problem.row_ptr[0] = -9;
       problem.block_ptr[2] = kFar - 3;
       problem.block_ptr[3] = -4;
-      run(problem, false);
+      run(problem, {}, false);
       for (int64_t i = 0; i < (transposed ? c.rows : c.cols); ++i) {
         EXPECT_TRUE(std::isfinite(to_accumulator(problem.y[i]))) << i;
       }
@@ -330,10 +291,9 @@ TEST(CudaEmulated, EmptySlice) {
   Case c;
   Problem<BFloat16> problem(c);
   BlockSparseMmParams params = problem.params();
-  params.v.num_blocks = 0;
+  params.v.num_blocks = params.v.num_values = 0;
   std::fill(problem.col_ptr.begin(), problem.col_ptr.end(), 0);
-  const EmulatedLaunch launch{make_task(params), false};
-  MmSelect<MmConfig, RunEmulated, BFloat16>::launch({false, false, c.bn, 16}, launch);
+  block_sparse_mm(params, {}, nullptr);
   for (int64_t i = 0; i < c.cols; ++i) {
     EXPECT_EQ(to_accumulator(problem.y[i]), to_accumulator(problem.bias[i]));
   }

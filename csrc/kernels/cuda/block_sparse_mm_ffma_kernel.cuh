@@ -3,8 +3,8 @@
 // of conflicts.
 #pragma once
 
+#include "kernels/cuda/block_sparse_mm_epilogue.cuh"
 #include "kernels/cuda/block_sparse_mm_load.cuh"
-#include "kernels/cuda/block_sparse_mm_store.cuh"
 
 namespace fips::cuda {
 
@@ -81,17 +81,21 @@ block_sparse_mm_ffma(const MmTask task) {
       multiply_chunk<Config>(sums, stage, chunk);
     }
   });
-  const int64_t first_token = tile.token + thread_index() / Threads::kOut;
-  const int first_out = tile.out_block * Config::kOut + thread_index() % Threads::kOut;
+  using Tile = SumTile<Config::kTokens, Config::kOut, 1>;
+  static_assert(Tile::kBytes <= Config::kSharedBytes, "the stages are reused");
+  const Tile sum_tile{reinterpret_cast<float*>(shared)};
+  block_barrier();  // the last stage has been read
   FIPS_UNROLL
-  for (int j = 0; j < Threads::kOutSteps; ++j) {
-    const int feature = first_out + j * Threads::kOut;
-    const float bias = bias_at<float>(task, feature);
+  for (int i = 0; i < Threads::kTokenSteps; ++i) {
     FIPS_UNROLL
-    for (int i = 0; i < Threads::kTokenSteps; ++i) {
-      store_one<float>(task, first_token + i * Threads::kTokens, feature, sums.value[i][j] + bias);
+    for (int j = 0; j < Threads::kOutSteps; ++j) {
+      *sum_tile.at(0, thread_index() / Threads::kOut + i * Threads::kTokens,
+                   thread_index() % Threads::kOut + j * Threads::kOut) = sums.value[i][j];
     }
   }
+  block_barrier();
+  store_tile<float, Config::kTokens, Config::kOut, 1, Threads::kThreads>(
+      task, {tile.token, tile.out_block * Config::kOut}, sum_tile);
 }
 
 }  // namespace fips::cuda

@@ -2,8 +2,8 @@
 // the 16 rows of an instruction, output features its 8 columns, sums are float32.
 #pragma once
 
+#include "kernels/cuda/block_sparse_mm_epilogue.cuh"
 #include "kernels/cuda/block_sparse_mm_load.cuh"
-#include "kernels/cuda/block_sparse_mm_store.cuh"
 
 namespace fips::cuda {
 
@@ -86,52 +86,24 @@ FIPS_DEVICE void multiply_step(MmaSums<Config>& sums, const unsigned char* stage
   }
 }
 
-// Adds the sums of the warps that share an output tile into those of the first one.
 template <class Config>
-FIPS_DEVICE void add_splits(MmaSums<Config>& sums, const WarpPlace& place, float* shared) {
-  using Warps = MmaWarps<Config>;
-  constexpr int kCount = Warps::kTokenSteps * Warps::kOutSteps * 4;
-  constexpr int kPeers = Warps::kTokens * Warps::kOut;  // warps with the same share
-  static_assert((Warps::kSplit - 1) * kPeers * kCount * kWarpSize * 4 <= Config::kSharedBytes,
-                "the stages are reused for the sums");
-  float* mine = &sums.value[0][0][0];
-  const int peer = warp_index() % kPeers, lane = lane_index();
-  block_barrier();  // the last stage has been read
-  FIPS_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    if (place.split > 0) {
-      shared[(((place.split - 1) * kPeers + peer) * kCount + i) * kWarpSize + lane] = mine[i];
-    }
-  }
-  block_barrier();
-  FIPS_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    FIPS_UNROLL
-    for (int split = 1; split < Warps::kSplit; ++split) {
-      mine[i] += shared[(((split - 1) * kPeers + peer) * kCount + i) * kWarpSize + lane];
-    }
-  }
-}
+using MmaSumTile = SumTile<Config::kTokens, Config::kOut, MmaWarps<Config>::kSplit>;
 
 template <class Config>
-FIPS_DEVICE void store_sums(const MmTask& task, const MmTile& tile, const MmaSums<Config>& sums,
+FIPS_DEVICE void write_sums(const MmaSumTile<Config>& tile, const MmaSums<Config>& sums,
                             const WarpPlace& place) {
   using Warps = MmaWarps<Config>;
-  using T = typename Config::Element;
-  const int64_t first_token = tile.token + place.token;
-  const int first_out = tile.out_block * Config::kOut + place.out;
   FIPS_UNROLL
-  for (int j = 0; j < Warps::kOutSteps; ++j) {
-    const int feature = first_out + j * 8 + accumulator_coord(lane_index(), 0).col;
-    const float bias0 = bias_at<T>(task, feature), bias1 = bias_at<T>(task, feature + 1);
+  for (int i = 0; i < Warps::kTokenSteps; ++i) {
     FIPS_UNROLL
-    for (int i = 0; i < Warps::kTokenSteps; ++i) {
+    for (int j = 0; j < Warps::kOutSteps; ++j) {
       FIPS_UNROLL
       for (int half = 0; half < 2; ++half) {
+        const Coord at = accumulator_coord(lane_index(), 2 * half);
         const float(&sum)[4] = sums.value[i][j];
-        const int row = i * 16 + accumulator_coord(lane_index(), 2 * half).row;
-        store_two<T>(task, first_token + row, feature, sum[2 * half] + bias0,
-                     sum[2 * half + 1] + bias1);
+        float* target =
+            tile.at(place.split, place.token + i * 16 + at.row, place.out + j * 8 + at.col);
+        *reinterpret_cast<Pair<float>*>(target) = {{sum[2 * half], sum[2 * half + 1]}};
       }
     }
   }
@@ -151,12 +123,13 @@ block_sparse_mm_mma(const MmTask task) {
       multiply_step<Config>(sums, stage, place, (share * Warps::kSplit + place.split) * 16);
     }
   });
-  if constexpr (Warps::kSplit > 1) {
-    add_splits<Config>(sums, place, reinterpret_cast<float*>(shared));
-  }
-  if (place.split == 0) {
-    store_sums<Config>(task, tile, sums, place);
-  }
+  const MmaSumTile<Config> sum_tile{reinterpret_cast<float*>(shared)};
+  static_assert(MmaSumTile<Config>::kBytes <= Config::kSharedBytes, "the stages are reused");
+  block_barrier();  // the last stage has been read
+  write_sums<Config>(sum_tile, sums, place);
+  block_barrier();
+  store_tile<typename Config::Element, Config::kTokens, Config::kOut, Warps::kSplit,
+             Warps::kThreads>(task, {tile.token, tile.out_block * Config::kOut}, sum_tile);
 }
 
 }  // namespace fips::cuda

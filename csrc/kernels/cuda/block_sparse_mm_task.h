@@ -11,9 +11,11 @@
 namespace fips::cuda {
 
 struct MmTask {
-  const void* x;     // [tokens, in_features], rows x_stride apart
-  const void* bias;  // [out_features] or null
-  void* out;         // [tokens, out_features], rows out_stride apart
+  const void* x;          // [tokens, in_features], rows x_stride apart
+  const void* bias;       // [out_features] or null
+  void* out;              // [tokens, out_features], rows out_stride apart
+  const void* gate;       // null, or pre-activations like out: out = act(gate) * (sum + bias)
+  Activation activation;  // without a gate: out = act(sum + bias)
   int64_t tokens, x_stride, out_stride;
   int in_features, out_features;
 
@@ -30,7 +32,7 @@ struct MmTask {
   int64_t num_values;
   int slots;  // per stored block
 
-  bool wide_x, wide_values, wide_mask, wide_out;  // vector accesses are aligned
+  bool wide_x, wide_values, wide_mask, wide_out;  // 16-byte accesses (mask: 4) are aligned
 };
 
 inline int log2_of_edge(int32_t edge) {
@@ -78,7 +80,7 @@ inline MmTask make_task(const BlockSparseMmParams& params) {
   task.wide_x = is_aligned(params.x, 16) && params.x_stride * element % 16 == 0;
   task.wide_values = is_aligned(v.values, 16);
   task.wide_mask = is_aligned(v.mask, 4);
-  task.wide_out = is_aligned(params.out, 2 * element) && params.out_stride % 2 == 0;
+  task.wide_out = is_aligned(params.out, 16) && params.out_stride * element % 16 == 0;
   return task;
 }
 

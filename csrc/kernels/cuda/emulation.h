@@ -8,6 +8,8 @@
 #include <ucontext.h>
 
 #include <array>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -16,8 +18,10 @@
 
 #include "core/check.h"
 #include "core/types.h"
+#include "kernels/cuda/device_info.h"
 
 #define FIPS_DEVICE static inline
+#define FIPS_DEVICE_MEMBER
 #define FIPS_KERNEL(threads, min_blocks) void
 #define FIPS_UNROLL
 #define FIPS_UNROLL_BY(count)
@@ -55,8 +59,11 @@ struct Warp {
 class Block {
  public:
   Block(int threads, int shared_bytes, int64_t index, bool reverse)
-      : index(index), fibres_(threads), warps_(threads / kLanes), reverse_(reverse) {
-    shared_storage_.assign(shared_bytes + 128, 0xff);
+      : index(index),
+        fibres_(threads),
+        warps_(threads / kLanes),
+        shared_(allocate_shared(shared_bytes)),
+        reverse_(reverse) {
     barrier_.size = threads;
     for (Warp& warp : warps_) {
       warp.meeting.size = kLanes;
@@ -79,10 +86,7 @@ class Block {
     return block;
   }
 
-  unsigned char* shared() {
-    const auto address = reinterpret_cast<uintptr_t>(shared_storage_.data());
-    return shared_storage_.data() + (128 - address % 128) % 128;
-  }
+  unsigned char* shared() { return shared_.get(); }
 
   void barrier() { meet(barrier_); }
 
@@ -108,6 +112,21 @@ class Block {
 
  private:
   static constexpr size_t kStackBytes = 128 * 1024;
+  static constexpr size_t kSharedAlignment = 1024;  // what the widest swizzle asks for
+
+  struct Free {
+    void operator()(unsigned char* p) const { free(p); }
+  };
+  using SharedMemory = std::unique_ptr<unsigned char, Free>;
+
+  // Ends where the kernel's request ends, so that AddressSanitizer sees every access past it.
+  static SharedMemory allocate_shared(int bytes) {
+    void* memory = nullptr;
+    FIPS_CHECK(posix_memalign(&memory, kSharedAlignment, static_cast<size_t>(bytes)) == 0,
+               "emulation: out of memory");
+    memset(memory, 0xff, static_cast<size_t>(bytes));
+    return SharedMemory(static_cast<unsigned char*>(memory));
+  }
 
   static void enter() {
     Block* block = current();
@@ -172,7 +191,7 @@ class Block {
 
   std::vector<Fibre> fibres_;
   std::vector<Warp> warps_;
-  std::vector<unsigned char> shared_storage_;
+  SharedMemory shared_;
   Meeting barrier_;
   ucontext_t scheduler_;
   const std::function<void()>* kernel_ = nullptr;
@@ -180,11 +199,23 @@ class Block {
   bool reverse_;
 };
 
+// The device that a test pretends to have, and the order in which its warps run.
+struct Settings {
+  DeviceInfo device{132, 80, 227 * 1024};
+  bool reverse = false;
+};
+inline Settings& settings() {
+  static Settings settings;
+  return settings;
+}
+inline const DeviceInfo& device() { return settings().device; }
+
 template <class Kernel, class Task>
-void launch(Kernel* kernel, int64_t blocks, int threads, int shared_bytes, const Task& task,
-            bool reverse) {
+void run_grid(Kernel* kernel, int64_t blocks, int threads, int shared_bytes, const Task& task) {
+  FIPS_CHECK(shared_bytes <= device().max_shared_bytes, "emulation: ", shared_bytes,
+             " bytes of shared memory, but a block has ", device().max_shared_bytes);
   for (int64_t index = 0; index < blocks; ++index) {
-    Block block(threads, shared_bytes, index, reverse);
+    Block block(threads, shared_bytes, index, settings().reverse);
     block.run([&] { kernel(task); });
   }
 }
@@ -309,6 +340,12 @@ FIPS_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
     }
   }
 }
+
+// ---- arithmetic
+// ----------------------------------------------------------------------------------
+
+FIPS_DEVICE float fast_exp(float x) { return expf(x); }
+FIPS_DEVICE float fast_reciprocal(float x) { return 1.0f / x; }
 
 // ---- element types
 // -------------------------------------------------------------------------------

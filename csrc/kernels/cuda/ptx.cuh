@@ -14,6 +14,7 @@
 #else
 
 #define FIPS_DEVICE static __device__ __forceinline__
+#define FIPS_DEVICE_MEMBER __device__ __forceinline__
 #define FIPS_KERNEL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
 #define FIPS_UNROLL _Pragma("unroll")
 #define FIPS_UNROLL_BY(count) FIPS_PRAGMA(unroll count)
@@ -102,6 +103,17 @@ __device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- arithmetic
+// ----------------------------------------------------------------------------------
+
+// Within 2 units in the last place for moderate x.
+FIPS_DEVICE float fast_exp(float x) { return __expf(x); }
+FIPS_DEVICE float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // ---- element types
