@@ -13,7 +13,7 @@ inline constexpr int kWarpSize = 32;
 inline constexpr int kChunkBytes = 16;   // the widest access of one thread, and of cp.async
 inline constexpr int kStageBytes = 128;  // bytes along the reduction that one pipeline stage covers
 
-inline int log2_of_edge(int32_t edge) {
+FIPS_INLINE FIPS_HOST_DEVICE int log2_of_edge(int32_t edge) {
   int shift = 0;
   while ((int32_t{1} << shift) < edge) {
     ++shift;
