@@ -1,114 +1,168 @@
 """block_sparse_mm on a GPU against cuBLAS on the same dense shape and on a zero-filled V, and torch BSR.
 
-Each row names the goal it answers (G1-G5, G9). ``e`` is FLOP/s on stored blocks over the FLOP/s of cuBLAS on
-the same dense shape; ``speedup`` is over cuBLAS, which a zero-filled V runs at, too.
+``e`` is FLOP/s on stored blocks over the FLOP/s of cuBLAS on the same dense shape, with random weights: on
+zeros cuBLAS is faster, which counts in ``best_ratio`` alone. Up to 64 tokens are decoding: graph replays
+through as many slices as keep them out of the L2; ``copy_share`` is the rate of the stored bytes over the
+copy bandwidth measured in the same run.
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from gpu_ceilings import tuned_triton
-from gpu_timing import Results
+import triton_bsr
+from gpu_shapes import TINY, Pattern, make_slice, stored_slots
+from gpu_timing import COLD_BYTES, Bench, Row, check_close, describe, dtype_name
+from torch import Tensor
 
 from fips_ext import BlockSparse, functional
 
-# goal, tokens, r, n, (bk, bn), density, encoding
-CASES = (
-    ("G1", 4096, 2048, 8192, (64, 128), 0.5, "block"),
-    ("G1", 4096, 2048, 8192, (64, 128), 0.25, "block"),
-    ("G1", 4096, 2048, 8192, (64, 128), 0.1, "block"),
-    ("G2", 12608, 768, 3072, (64, 64), 0.25, "block"),
-    ("G3", 4096, 2048, 8192, (32, 32), 0.1, "block"),
-    ("G3", 4096, 2048, 8192, (16, 16), 0.1, "block"),
-    ("G9", 1, 2048, 14336, (64, 128), 0.5, "block"),
-    ("G9", 8, 2048, 14336, (64, 128), 0.5, "block"),
-    ("G9", 8, 2048, 14336, (64, 64), 0.5, "block"),
-    ("G16", 1, 2048, 14336, (64, 64), 0.5, "bitmap"),
-    ("G16", 64, 2048, 14336, (64, 64), 0.5, "bitmap"),
-)
-QUICK = (1, 3, 5, 7, 9)
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DECODE_TOKENS = 64
+MAX_LAYERS = 64
+Shape = tuple[int, int]
+LARGE, VISION, DECODE = (2048, 8192), (768, 3072), (2048, 14336)
 
 
-def make_slice(r: int, n: int, block: tuple[int, int], density: float, encoding: str, dtype) -> BlockSparse:
-    """Equal block counts per block column for ``block``; for ``bitmap`` every block stored, slots random."""
-    dense = torch.randn(r, n, device="cuda")
-    if encoding == "bitmap":
-        keep = torch.rand(r, n, device="cuda") < density
-    else:
-        order = torch.rand(r // block[0], n // block[1], device="cuda").argsort(0).argsort(0)
-        kept = order < max(1, round(density * (r // block[0])))
-        keep = kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return BlockSparse.from_dense(dense.to(dtype), block, encoding, keep)
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One product; ``shape`` is (r, n), blocks are (bk, bn)."""
+
+    tokens: int
+    shape: Shape
+    pattern: Pattern
+    transpose: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    quick: bool = False
+
+    def keys(self) -> Row:
+        r, n = self.shape
+        return {
+            "case": f"{r}x{n}{' transposed' if self.transpose else ''}",
+            "dtype": dtype_name(self.dtype),
+            "T": self.tokens,
+            "r": r,
+            "n": n,
+            "transpose": self.transpose,
+            **self.pattern.keys(),
+        }
 
 
-def run_case(results: Results, case: tuple, dtype_name: str, transpose: bool) -> None:
-    goal, tokens, r, n, block, density, encoding = case
-    dtype = DTYPES[dtype_name]
-    v = make_slice(r, n, block, density, encoding, dtype)
-    x = torch.randn(tokens, n if transpose else r, device="cuda").to(dtype)
-    common = {
-        "dtype": dtype_name,
-        "tokens": tokens,
-        "shape": (r, n, *block),
-        "flush": tokens <= 64,
-        "goal": goal,
-        "density": density,
-        "encoding": encoding,
-        "transpose": transpose,
+def forward_cases() -> Iterator[Case]:
+    for density in (0.25, 0.5, 0.1):
+        yield Case(4096, LARGE, Pattern(density, (64, 128)), quick=density == 0.25)
+    yield Case(12608, VISION, Pattern(0.25, (64, 64)), quick=True)
+    for edge in (32, 16):
+        yield Case(4096, LARGE, Pattern(0.1, (edge, edge)), quick=True)
+    yield Case(16, DECODE, Pattern(0.25, (64, 64)), quick=True)
+    for tokens in (1, 8):
+        yield Case(tokens, DECODE, Pattern(0.5, (64, 128)), quick=True)
+    yield Case(1, DECODE, Pattern(0.5, (64, 64), "bitmap"), quick=True)
+    yield Case(8, DECODE, Pattern(0.5, (64, 64)))
+    yield Case(12608, VISION, Pattern(0.1, (64, 64)))
+    yield Case(4096, LARGE, Pattern(0.25, (64, 64)))
+    yield Case(512, LARGE, Pattern(0.25, (64, 128)))
+    yield Case(64, DECODE, Pattern(0.5, (64, 64), "bitmap"))
+
+
+def cases(quick: bool) -> list[Case]:
+    forward = list(forward_cases())
+    if quick:
+        return [case for case in forward if case.quick]
+    other = [
+        dataclasses.replace(forward[0], dtype=dtype, tokens=tokens)
+        for dtype, tokens in ((torch.float16, 4096), (torch.float32, 1024))
+    ]
+    return [*forward, *(dataclasses.replace(case, transpose=True) for case in forward), *other]
+
+
+def tiny(case: Case) -> Case:
+    pattern = dataclasses.replace(case.pattern, block=tuple(min(64, edge) for edge in case.pattern.block))
+    return dataclasses.replace(
+        case, tokens=min(case.tokens, TINY["tokens"]), shape=(TINY["d"], TINY["n"]), pattern=pattern
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One slice and the same product's dense weights ``[out, in]``: zero-filled, and without zeros."""
+
+    v: BlockSparse
+    filled: Tensor
+    dense: Tensor
+    bsr: Tensor | None
+
+    @classmethod
+    def make(cls, case: Case, device: str) -> Layer:
+        v = make_slice(*case.shape, case.pattern, case.dtype, device)
+        filled = v.to_dense() if case.transpose else v.to_dense().t().contiguous()
+        bk, bn = case.pattern.block
+        rival = case.pattern.encoding == "block" and not case.transpose and case.dtype != torch.float32
+        bsr = filled.to_sparse_bsr((bn, bk)) if rival else None
+        return cls(v, filled, torch.randn_like(filled), bsr)
+
+
+def one_after_another(runs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+    return [run() for run in runs]
+
+
+def runners(layers: Sequence[Layer], x: Tensor, transpose: bool) -> tuple[dict, Row]:
+    """What races, and the error row of a Triton that cannot be tuned."""
+    each: dict[str, list[Callable[[], Tensor]]] = {
+        "ours": [functools.partial(functional.block_sparse_mm, x, layer.v, transpose) for layer in layers],
+        "dense": [functools.partial(F.linear, x, layer.dense) for layer in layers],
+        "zero-filled": [functools.partial(F.linear, x, layer.filled) for layer in layers],
     }
-    dense_work = 2.0 * tokens * r * n
-    weight = v.to_dense() if transpose else v.to_dense().t().contiguous()  # [out, in], zeros filled in
-    vendor = results.measure(
-        "cuBLAS zero-filled", lambda: lambda: F.linear(x, weight), work=dense_work, **common
-    )
-    full = torch.randn_like(weight)
-    results.measure("cuBLAS dense", lambda: lambda: F.linear(x, full), work=dense_work, **common)
-    if encoding == "block" and not transpose and dtype_name != "float32":
-        bsr = weight.to_sparse_bsr((block[1], block[0]))
-        triton_work = dense_work * density
-        results.measure(
-            "torch BSR Triton tuned", lambda: tuned_triton(bsr, x.t()), work=triton_work, **common
-        )
-    stored = 2.0 * tokens * (v.num_blocks * block[0] * block[1])
-    ours = results.measure(
-        "fips", lambda: lambda: functional.block_sparse_mm(x, v, transpose), work=stored, **common
-    )
-    if ours and vendor:
-        row = results.rows[-1]
-        row["e"] = (stored / ours) / (dense_work / vendor)
-        row["speedup"] = vendor / ours
-        row["slice_bytes_per_s"] = v.nbytes() / ours
-        rates = (
-            f"e={row['e']:.3f} speedup={row['speedup']:.2f} slice={row['slice_bytes_per_s'] / 1e12:.2f} TB/s"
-        )
-        print(f"    {goal} {encoding} p={density} transpose={transpose}: {rates}", flush=True)
+    failed: Row = {}
+    if layers[0].bsr is not None:
+        wide = x.t().contiguous()
+        try:
+            meta = triton_bsr.tune(layers[0].bsr, wide)
+            each["triton"] = [triton_bsr.product(layer.bsr, wide, meta) for layer in layers]
+            each["triton/view"] = [triton_bsr.product(layer.bsr, x.t(), meta) for layer in layers]
+        except Exception as error:
+            failed = {"triton_error": describe(error)}
+    return {name: functools.partial(one_after_another, runs) for name, runs in each.items()}, failed
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu/block_sparse_mm.json"))
-    parser.add_argument("--quick", action="store_true", help="five cases, bfloat16, forward only")
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds; later cases are skipped")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(2, "no CUDA GPU is visible to torch\n")
-    torch.manual_seed(0)
-    results = Results(args.out, args.budget)
-    for case in [CASES[i] for i in QUICK] if args.quick else CASES:
-        for transpose in (False,) if args.quick else (False, True):
-            run_case(results, case, "bfloat16", transpose)
-    if not args.quick:
-        for dtype in ("float16", "float32"):
-            run_case(results, CASES[1], dtype, False)
-    results.save()
+def measure(bench: Bench, named: Case) -> Iterator[Row]:
+    case = tiny(named) if bench.dry_run else named
+    r, n = case.shape
+    x = bench.randn(case.tokens, n if case.transpose else r, dtype=case.dtype)
+    layer = Layer.make(case, bench.device)
+    with torch.no_grad():
+        ours = functional.block_sparse_mm(x, layer.v, case.transpose)
+        found = check_close(ours, F.linear(x, layer.filled))
+    decoding = named.tokens <= DECODE_TOKENS
+    count = 1
+    if decoding:
+        count = 2 if bench.dry_run else min(MAX_LAYERS, math.ceil(COLD_BYTES / layer.v.nbytes()))
+    layers = [layer, *(Layer.make(case, bench.device) for _ in range(count - 1))]
+    runs, failed = runners(layers, x, case.transpose)
+    race = bench.race(runs, graph=decoding).per_item(count)
+    row = race.row() | failed
+    row["e"] = race.ratio("dense") * stored_slots(layer.v) / (r * n)
+    row["best_ratio"] = race.ratio("dense", "zero-filled")
+    row["difference"] = found
+    if decoding:
+        nbytes, dense_nbytes = layer.v.nbytes(), layer.dense.nbytes
+        row |= {"layers": count, "our_bytes": nbytes, "dense_bytes": dense_nbytes}
+        row["copy_share"] = nbytes / race.seconds() / bench.machine["copy_bytes_per_s"]
+        row["byte_limit_share"] = race.ratio("dense") * nbytes / dense_nbytes
+    yield row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    bench = Bench(__doc__, "block_sparse_mm", 50.0, argv)
+    for case in cases(bench.quick):
+        bench.attempt(case.keys(), functools.partial(measure, bench, case))
+    return bench.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,12 +4,20 @@
 #include "kernels/cuda/block_sparse_mm.h"
 #include "kernels/cuda/block_sparse_sddmm.h"
 #include "kernels/cuda/dense_fill.h"
+#include "kernels/cuda/device_info.h"
 #include "kernels/cuda/planner.h"
 #include "kernels/cuda/reduce.h"
 #include "kernels/cuda/residual.h"
 #include "kernels/cuda/shared_mlp_fused.h"
 
 namespace fips {
+namespace {
+
+const cuda::Tuning& tuning() {
+  return cuda::tuning_of(cuda::kTuning, cuda::current_device().capability);
+}
+
+}  // namespace
 
 Tensor CudaDevice::workspace(int64_t bytes) const {
   return make_empty(like_, {bytes}, ScalarType::Byte);
@@ -18,9 +26,13 @@ Tensor CudaDevice::workspace(int64_t bytes) const {
 // The index is in device memory; the kernels skip entries that lead outside.
 void CudaDevice::check_index(const BlockSparseView&, const char*) const {}
 
-MmPath CudaDevice::mm_path(const MmShape& shape) const { return cuda::choose_mm_path(shape); }
+MmPath CudaDevice::mm_path(const MmShape& shape) const {
+  return cuda::choose_mm_path(shape, tuning());
+}
 
-MmPath CudaDevice::sddmm_path(const MmShape& shape) const { return cuda::choose_sddmm_path(shape); }
+MmPath CudaDevice::sddmm_path(const MmShape& shape) const {
+  return cuda::choose_sddmm_path(shape, tuning());
+}
 
 int64_t CudaDevice::chunk_tokens(int64_t hidden) const {
   constexpr int64_t kChunkElements = int64_t{64} << 20;

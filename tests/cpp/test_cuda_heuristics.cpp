@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/cuda/block_sparse_mm_heuristics.h"
+#include "kernels/cuda/planner.h"
 
 namespace fips::cuda {
 namespace {
@@ -44,6 +45,38 @@ TEST(CudaHeuristics, MoreTokensNeverShrinkTheTile) {
       last = now;
     }
   }
+}
+
+TEST(CudaHeuristics, MoreTilesAreAskedForWhereTheTableSaysSo) {
+  EXPECT_EQ(choose_token_tile({1024, 64, DType::kBFloat16, false, kH200, 1.0}), 128);  // 512 tiles
+  EXPECT_EQ(choose_token_tile({1024, 64, DType::kBFloat16, false, kH200, 4.0}), 64);
+}
+
+TEST(CudaTuning, AnUnlistedGpuTakesTheFirstEntry) {
+  constexpr Tuning table[] = {{0, 64, 64, 0.5, 0.2, 1.0}, {90, 32, 16, 0.7, 0.3, 2.0}};
+  EXPECT_EQ(tuning_of(table, 90).dense_tokens, 32);
+  EXPECT_EQ(tuning_of(table, 80).dense_tokens, 64);
+  EXPECT_EQ(kTuning[0].capability, 0);
+}
+
+MmShape shape(int64_t tokens, double density, bool bitmap = false, DType dtype = DType::kBFloat16) {
+  return {tokens, static_cast<int64_t>(density * 1024 * 1024), 1024, 1024, dtype, bitmap};
+}
+
+TEST(CudaPlanner, FollowsItsTable) {
+  constexpr Tuning tuning{90, 32, 128, 0.5, 0.2, 1.0};
+  EXPECT_EQ(choose_mm_path(shape(31, 0.9), tuning), MmPath::kSparse);
+  EXPECT_EQ(choose_mm_path(shape(32, 0.9), tuning), MmPath::kDensified);
+  EXPECT_EQ(choose_mm_path(shape(4096, 0.49), tuning), MmPath::kSparse);
+  EXPECT_EQ(choose_mm_path(shape(127, 1.0, true), tuning), MmPath::kSparse);
+  EXPECT_EQ(choose_mm_path(shape(128, 1.0, true), tuning), MmPath::kDensified);
+  EXPECT_EQ(choose_sddmm_path(shape(4096, 0.19), tuning), MmPath::kSparse);
+  EXPECT_EQ(choose_sddmm_path(shape(4096, 0.21), tuning), MmPath::kDensified);
+}
+
+TEST(CudaPlanner, SamplesOnlyWhereThereIsAKernel) {
+  EXPECT_EQ(choose_sddmm_path(shape(4096, 0.1, true)), MmPath::kDensified);
+  EXPECT_EQ(choose_sddmm_path(shape(4096, 0.1, false, DType::kFloat32)), MmPath::kDensified);
 }
 
 }  // namespace

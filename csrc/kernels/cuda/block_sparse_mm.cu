@@ -9,8 +9,10 @@ namespace {
 void run(const BlockSparseMmParams& params, const MmTask& task, Stream stream) {
   const DType dtype = params.v.dtype;
   const bool bitmap = params.v.is_bitmap();
+  const DeviceInfo device = current_device();
   const int token_tile =
-      choose_token_tile({task.tokens, task.out_blocks, dtype, bitmap, current_device().sm_count});
+      choose_token_tile({task.tokens, task.out_blocks, dtype, bitmap, device.sm_count,
+                         tuning_of(kTuning, device.capability).tiles_per_sm});
   const int out_edge = params.transpose ? params.v.bk : params.v.bn;
   const MmChoice choice{params.transpose, bitmap, out_edge, token_tile};
   switch (dtype) {

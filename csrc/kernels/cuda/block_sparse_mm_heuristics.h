@@ -6,6 +6,7 @@
 
 #include "core/math.h"
 #include "core/types.h"
+#include "kernels/cuda/tuning_table.h"
 
 namespace fips::cuda {
 
@@ -15,6 +16,7 @@ struct MmTileQuery {
   DType dtype;
   bool bitmap;
   int sm_count;
+  double tiles_per_sm = kTuning[0].tiles_per_sm;
 };
 
 // The tallest token tile each kernel is built for: float32 keeps its sums in registers of scalar
@@ -29,7 +31,8 @@ inline int choose_token_tile(const MmTileQuery& query) {
   for (int tile = largest_token_tile(query.dtype, query.bitmap); tile > 16;
        tile = tile == 128 ? 64 : 16) {
     const bool mostly_filled = query.tokens > tile / 2;
-    const bool fills_chip = ceil_div(query.tokens, tile) * query.out_blocks >= query.sm_count;
+    const int64_t tiles = ceil_div(query.tokens, tile) * query.out_blocks;
+    const bool fills_chip = static_cast<double>(tiles) >= query.tiles_per_sm * query.sm_count;
     if (mostly_filled && fills_chip) {
       return tile;
     }
