@@ -75,8 +75,9 @@ TEST(CudaPlanner, FollowsItsTable) {
 }
 
 TEST(CudaPlanner, SamplesOnlyWhereThereIsAKernel) {
-  EXPECT_EQ(choose_sddmm_path(shape(4096, 0.1, true)), MmPath::kDensified);
-  EXPECT_EQ(choose_sddmm_path(shape(4096, 0.1, false, DType::kFloat32)), MmPath::kDensified);
+  EXPECT_EQ(choose_sddmm_path(shape(4096, 0.1, true), kTuning[0]), MmPath::kDensified);
+  EXPECT_EQ(choose_sddmm_path(shape(4096, 0.1, false, DType::kFloat32), kTuning[0]),
+            MmPath::kDensified);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ inline double stored_density(const MmShape& shape) {
   return static_cast<double>(shape.stored_slots) / static_cast<double>(shape.rows * shape.cols + 1);
 }
 
-inline MmPath choose_mm_path(const MmShape& shape, const Tuning& tuning = kTuning[0]) {
+inline MmPath choose_mm_path(const MmShape& shape, const Tuning& tuning) {
   // Few tokens are a matter of bytes: the stored ones are the fewest.
   if (shape.tokens < tuning.dense_tokens) {
     return MmPath::kSparse;
@@ -24,7 +24,7 @@ inline MmPath choose_mm_path(const MmShape& shape, const Tuning& tuning = kTunin
 
 // The sampled product a^T b, whose fall-back is the whole product and a gather: the only way for
 // what has no kernel (block_sparse_sddmm.h).
-inline MmPath choose_sddmm_path(const MmShape& shape, const Tuning& tuning = kTuning[0]) {
+inline MmPath choose_sddmm_path(const MmShape& shape, const Tuning& tuning) {
   const bool half = shape.dtype == DType::kBFloat16 || shape.dtype == DType::kFloat16;
   return half && !shape.bitmap && stored_density(shape) <= tuning.sddmm_density
              ? MmPath::kSparse
