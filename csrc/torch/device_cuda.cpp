@@ -8,6 +8,7 @@
 #include "kernels/cuda/reduce.h"
 #include "kernels/cuda/residual.h"
 #include "kernels/cuda/shared_mlp_fused.h"
+#include "torch/tf32.h"
 
 namespace fips {
 
@@ -37,7 +38,9 @@ WholeMlp CudaDevice::shared_mlp(const SharedMlpParams& params) const {
 
 bool CudaDevice::block_sparse_mm(const BlockSparseMmParams& params,
                                  const MmEpilogue& epilogue) const {
-  cuda::block_sparse_mm(params, epilogue, scope_.stream());
+  BlockSparseMmParams allowed = params;
+  allowed.allow_tf32 = params.v.dtype == DType::kFloat32 && tf32_allowed();
+  cuda::block_sparse_mm(allowed, epilogue, scope_.stream());
   return true;
 }
 

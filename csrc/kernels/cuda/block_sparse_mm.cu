@@ -12,7 +12,8 @@ void run(const BlockSparseMmParams& params, const MmTask& task, Stream stream) {
   const int token_tile =
       choose_token_tile({task.tokens, task.out_blocks, dtype, bitmap, current_device().sm_count});
   const int out_edge = params.transpose ? params.v.bk : params.v.bn;
-  const MmChoice choice{params.transpose, bitmap, out_edge, token_tile};
+  const bool tf32 = dtype == DType::kFloat32 && params.allow_tf32;
+  const MmChoice choice{params.transpose, bitmap, out_edge, token_tile, tf32};
   switch (dtype) {
     case DType::kBFloat16:
       return launch_mm<BFloat16>(choice, task, stream);

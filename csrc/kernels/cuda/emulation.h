@@ -354,6 +354,28 @@ FIPS_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
   }
 }
 
+// Round to nearest, ties away from zero.
+FIPS_DEVICE uint32_t to_tf32(uint32_t bits) { return (bits + 0x1000u) & ~0x1fffu; }
+
+FIPS_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  auto* block = emulation::Block::current();
+  const auto lanes = block->exchange(emulation::Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const auto value = [](uint32_t bits) {
+    FIPS_CHECK((bits & 0x1fffu) == 0, "emulation: an operand that is not rounded to TF32");
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+  };
+  const int lane = block->thread % emulation::kLanes;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 8; ++k) {
+      d[i] += value(lanes[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]) *
+              value(lanes[column * 4 + k % 4].b[k / 4]);
+    }
+  }
+}
+
 // ---- arithmetic
 // ----------------------------------------------------------------------------------
 
