@@ -66,9 +66,10 @@ void launch(const char* op, const LaunchShape& shape, const Task& task, Stream s
   if (shape.shared_bytes > 48 * 1024) {
     allow_shared_memory<kKernel>(shape.shared_bytes);
   }
-  kKernel<<<static_cast<unsigned>(shape.blocks), shape.threads, shape.shared_bytes, stream> > >(
-      task);
-  const cudaError_t status = cudaGetLastError();
+  void* arguments[] = {const_cast<Task*>(&task)};
+  const cudaError_t status =
+      cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(shape.blocks)), dim3(shape.threads),
+                       arguments, shape.shared_bytes, stream);
   FIPS_CHECK(status == cudaSuccess, op, ": launching ", shape.blocks, " blocks of ", shape.threads,
              " threads with ", shape.shared_bytes, " bytes of shared memory failed with ",
              cudaGetErrorName(status), " (", cudaGetErrorString(status), ")");
