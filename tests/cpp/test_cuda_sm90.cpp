@@ -317,6 +317,7 @@ TEST(CudaSm90, BrokenEntriesMeetNoInput) {
   c.bias = false;
   c.cols = 64;
   c.bn = 64;
+  c.rows = 900;  // too many to stay in shared memory
   Problem<BFloat16> problem(c);
   std::fill(problem.v.slice.row_idx.begin(), problem.v.slice.row_idx.end(), -1);
   for (BFloat16& value : problem.x) {
@@ -392,17 +393,48 @@ TEST_F(Sm90Supports, AGateMustShareTheGrid) {
   EXPECT_FALSE(supported_with(p)) << "the transposed product has no activation";
 }
 
-int chosen(int64_t tokens, int64_t out_blocks, int out_edge, bool gated) {
-  return choose_sm90_token_tile({tokens, out_blocks, out_edge, gated, kHopper.sm_count});
+Sm90Plan plan(int64_t tokens, int64_t in, int64_t out, int bk, int bn, double density, bool gated) {
+  const int64_t out_blocks = ceil_div(out, bn);
+  const auto blocks = static_cast<int64_t>(density * static_cast<double>(out_blocks * (in / bk)));
+  return choose_sm90_plan({tokens, in, out_blocks, blocks * (bk / 64) * (gated ? 2 : 1), bn, false,
+                           gated, kHopper.sm_count});
 }
 
-TEST(CudaSm90, TileChoice) {
-  EXPECT_EQ(chosen(4096, 64, 128, false), 256);  // 1024 tiles
-  EXPECT_EQ(chosen(4096, 112, 128, true), 192);  // Llama-3-8B: 2464 tiles
-  EXPECT_EQ(chosen(12608, 48, 64, false), 256);  // DeiT-B
-  EXPECT_EQ(chosen(512, 32, 128, false), 128);   // 64 tall tiles would leave half the chip idle
-  EXPECT_EQ(chosen(70, 200, 128, false), 128);
-  EXPECT_EQ(chosen(1, 1, 64, true), 128);
+TEST(CudaSm90Plan, LargeModelsStreamTallTiles) {
+  const Sm90Plan plain = plan(4096, 2048, 8192, 64, 128, 0.25, false);
+  EXPECT_FALSE(plain.resident);
+  EXPECT_EQ(plain.tokens, 256);
+  const Sm90Plan gated = plan(4096, 2048, 14336, 64, 128, 0.25, true);  // Llama-3-8B
+  EXPECT_FALSE(gated.resident);
+  EXPECT_EQ(gated.tokens, 192);
+}
+
+TEST(CudaSm90Plan, FewTilesAreCutSmaller) {
+  EXPECT_EQ(plan(512, 4096, 4096, 64, 128, 0.25, false).tokens, 128);
+  EXPECT_EQ(plan(70, 4096, 25600, 64, 128, 0.25, false).tokens, 128);
+}
+
+TEST(CudaSm90Plan, SmallModelsKeepTheirInput) {
+  const Sm90Plan deit = plan(12608, 768, 3072, 64, 64, 0.25, false);
+  EXPECT_TRUE(deit.resident);
+  EXPECT_EQ(deit.tokens, 96);
+  const Sm90Plan half = plan(12608, 384, 3072, 64, 64, 0.25, false);
+  EXPECT_TRUE(half.resident);
+  EXPECT_EQ(half.tokens, 192);
+  EXPECT_FALSE(plan(12608, 1024, 4096, 64, 64, 0.25, false).resident);
+  EXPECT_FALSE(plan(128, 768, 1024, 64, 64, 0.1, false).resident) << "loads more x than weights";
+}
+
+TEST(CudaSm90Plan, EveryChoiceFits) {
+  for (const int64_t tokens : {65, 200, 4000, 100000}) {
+    for (const int64_t in : {64, 192, 256, 384, 576, 768, 832}) {
+      for (const bool gated : {false, true}) {
+        const Sm90Plan p = plan(tokens, in, 3072, 64, 64, 0.5, gated);
+        EXPECT_TRUE(!p.resident || ceil_div(in, 64) <= resident_panels(p.tokens));
+        EXPECT_LE(p.tokens, p.resident ? resident_tallest(gated) : 256);
+      }
+    }
+  }
 }
 
 }  // namespace

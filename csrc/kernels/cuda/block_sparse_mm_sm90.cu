@@ -20,9 +20,23 @@ bool same_grid(const BlockSparseView& a, const BlockSparseView& b) {
   return a.dtype == b.dtype && a.rows == b.rows && a.cols == b.cols && a.bk == b.bk && a.bn == b.bn;
 }
 
-Sm90Product make_product(const BlockSparseView& v, bool transpose, const void* bias) {
-  // One box is a stage's weights; transposed, it is 64 outputs of them.
-  const int box_rows = transpose ? kSm90Reduce : v.bn;
+Sm90Query make_query(const BlockSparseMmParams& params, const MmEpilogue& epilogue,
+                     const DeviceInfo& device) {
+  const BlockSparseView& v = params.v;
+  const bool transpose = params.transpose, gated = epilogue.gate != nullptr;
+  const int64_t blocks = v.num_blocks + (gated ? epilogue.gate->num_blocks : 0);
+  return {params.tokens,
+          round_up(params.in_features(), transpose ? v.bn : v.bk),
+          transpose ? v.block_rows() : v.block_cols(),
+          blocks * (transpose ? v.bn : v.bk) / kSm90Reduce,
+          transpose ? v.bk : v.bn,
+          transpose,
+          gated,
+          device.sm_count};
+}
+
+// `box_rows`: rows of weights that one copy brings.
+Sm90Product make_product(const BlockSparseView& v, bool transpose, int box_rows, const void* bias) {
   return {
       make_tensor_map(v.values, {v.dtype, v.num_blocks * v.bn, v.bk, v.bk, box_rows, kSm90Reduce}),
       transpose ? v.row_ptr : v.col_ptr,
@@ -30,6 +44,35 @@ Sm90Product make_product(const BlockSparseView& v, bool transpose, const void* b
       transpose ? v.block_id : nullptr,
       bias,
       static_cast<int>(v.num_blocks)};
+}
+
+Sm90Task make_task(const BlockSparseMmParams& params, const MmEpilogue& epilogue,
+                   const Sm90Plan& plan, const DeviceInfo& device) {
+  const BlockSparseView& v = params.v;
+  const bool transpose = params.transpose, gated = epilogue.gate != nullptr;
+  const int64_t out_blocks = transpose ? v.block_rows() : v.block_cols();
+  const int box_rows = plan.resident || transpose ? kMmaRows : v.bn;
+  const int store_tokens = plan.resident ? kResidentStoreTokens : kStreamStoreTokens;
+  Sm90Task task{};
+  task.x = make_tensor_map(params.x, {v.dtype, params.tokens, params.in_features(), params.x_stride,
+                                      plan.tokens, kSm90Reduce});
+  task.out = make_tensor_map(params.out, {v.dtype, params.tokens, params.out_features(),
+                                          params.out_stride, store_tokens, kMmaRows});
+  const Sm90Product up = make_product(v, transpose, box_rows, params.bias);
+  task.product[0] =
+      gated ? make_product(*epilogue.gate, transpose, box_rows, epilogue.gate_bias) : up;
+  task.product[1] = up;
+  task.activation = epilogue.activation;
+  task.token_tiles = static_cast<int>(ceil_div(params.tokens, plan.tokens));
+  task.out_blocks = static_cast<int>(out_blocks);
+  task.reduce_blocks = static_cast<int>(transpose ? v.block_cols() : v.block_rows());
+  task.tiles = task.token_tiles * task.out_blocks * (plan.resident ? v.bn / kMmaRows : 1);
+  task.grid = static_cast<int>(min_of(task.tiles, device.sm_count));
+  task.in_features = static_cast<int>(params.in_features());
+  task.out_features = static_cast<int>(params.out_features());
+  task.reduce_shift = log2_of_edge(transpose ? v.bn : v.bk);
+  task.n_edge = v.bn;
+  return task;
 }
 
 }  // namespace
@@ -55,33 +98,14 @@ bool sm90_supports(const BlockSparseMmParams& params, const MmEpilogue& epilogue
 
 void block_sparse_mm_sm90(const BlockSparseMmParams& params, const MmEpilogue& epilogue,
                           Stream stream) {
-  const BlockSparseView& v = params.v;
-  const bool transpose = params.transpose, gated = epilogue.gate != nullptr;
-  const int out_edge = transpose ? v.bk : v.bn;
-  const int64_t out_blocks = transpose ? v.block_rows() : v.block_cols();
-  const int sm_count = current_device().sm_count;
-  const int tile = choose_sm90_token_tile({params.tokens, out_blocks, out_edge, gated, sm_count});
-  Sm90Task task{};
-  task.x = make_tensor_map(
-      params.x, {v.dtype, params.tokens, params.in_features(), params.x_stride, tile, kSm90Reduce});
-  task.out = make_tensor_map(params.out, {v.dtype, params.tokens, params.out_features(),
-                                          params.out_stride, kMmaRows, kMmaRows});
-  task.product[0] = gated ? make_product(*epilogue.gate, transpose, epilogue.gate_bias)
-                          : make_product(v, transpose, params.bias);
-  task.product[1] = make_product(v, transpose, params.bias);
-  task.activation = epilogue.activation;
-  task.token_tiles = static_cast<int>(ceil_div(params.tokens, tile));
-  task.out_blocks = static_cast<int>(out_blocks);
-  task.reduce_blocks = static_cast<int>(transpose ? v.block_cols() : v.block_rows());
-  task.tiles = task.token_tiles * task.out_blocks;
-  task.grid = static_cast<int>(min_of(task.tiles, sm_count));
-  task.in_features = static_cast<int>(params.in_features());
-  task.out_features = static_cast<int>(params.out_features());
-  task.reduce_shift = log2_of_edge(transpose ? v.bn : v.bk);
-  task.n_edge = v.bn;
-  const Sm90Choice choice{transpose, gated, out_edge, tile};
-  v.dtype == DType::kBFloat16 ? launch_sm90<BFloat16>(choice, task, stream)
-                              : launch_sm90<Half>(choice, task, stream);
+  const DeviceInfo device = current_device();
+  const bool transpose = params.transpose;
+  const int out_edge = transpose ? params.v.bk : params.v.bn;
+  const Sm90Plan plan = choose_sm90_plan(make_query(params, epilogue, device));
+  const Sm90Choice choice{plan, transpose, epilogue.gate != nullptr, out_edge};
+  const Sm90Task task = make_task(params, epilogue, plan, device);
+  params.v.dtype == DType::kBFloat16 ? launch_sm90<BFloat16>(choice, task, stream)
+                                     : launch_sm90<Half>(choice, task, stream);
 }
 
 }  // namespace fips::cuda

@@ -9,7 +9,13 @@ namespace fips::cuda {
 inline constexpr int kSm90SharedBytes = 227 * 1024;  // what a thread block of sm_90 may ask for
 inline constexpr int kSm90Consumers = 2;             // warpgroups; one more produces
 inline constexpr int kSm90Threads = (kSm90Consumers + 1) * kWarpgroupSize;
-inline constexpr int kSm90Reduce = kSwizzleRowBytes / 2;  // reduction positions of one stage
+inline constexpr int kSm90Reduce = kSwizzleRowBytes / 2;         // reduction positions of one stage
+inline constexpr int kWTileBytes = kMmaRows * kSwizzleRowBytes;  // their weights for 64 outputs
+inline constexpr int kWarpsPerWarpgroup = kWarpgroupSize / 32;
+
+// Results leave in boxes of some tokens x 64 outputs; two buffers per consumer take turns.
+inline constexpr int kStoreBuffers = 2;
+inline constexpr int kStreamStoreTokens = 64;
 
 // A stage holds x [kTokens][64] and w as the copy engine leaves them, with 128-byte swizzle:
 //   w [kOut][64], reduction contiguous (K major), or for the transposed product kOut / 64 tiles of
@@ -26,13 +32,10 @@ struct Sm90Config {
   static constexpr MmaMajor kWMajor = kTransposed ? MmaMajor::kMN : MmaMajor::kReduce;
 
   static constexpr int kXBytes = kTokens * kSwizzleRowBytes;
-  static constexpr int kWTileBytes = kMmaRows * kSwizzleRowBytes;  // 64 outputs, either major
   static constexpr int kStageBytes = kXBytes + kOut * kSwizzleRowBytes;
 
-  // Results leave in boxes of 64 tokens x 64 outputs, two of them in flight per consumer.
-  static constexpr int kStoreTokens = 64;
+  static constexpr int kStoreTokens = kStreamStoreTokens;
   static constexpr int kStoreBytes = kStoreTokens * kSwizzleRowBytes;
-  static constexpr int kStoreBuffers = 2;
   static constexpr int kStoresBytes = kSm90Consumers * kStoreBuffers * kStoreBytes;
 
   static constexpr int kBarrierBytes = 256;
@@ -45,7 +48,6 @@ struct Sm90Config {
   static_assert(kStages >= 4, "loads are four steps ahead");
   static_assert(2 * kStages * 8 <= kBarrierBytes, "a full and an empty mbarrier per stage");
   static_assert(kN % kStoreTokens == 0, "whole boxes");
-  static_assert(kStoreBuffers == 2, "buffers take turns");
 };
 
 }  // namespace fips::cuda

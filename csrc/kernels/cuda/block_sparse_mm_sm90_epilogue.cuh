@@ -4,14 +4,9 @@
 #pragma once
 
 #include "kernels/cuda/activation.cuh"
-#include "kernels/cuda/block_sparse_mm_sm90_load.cuh"
+#include "kernels/cuda/block_sparse_mm_sm90_pipeline.cuh"
 
 namespace fips::cuda {
-
-template <class Config>
-struct Sm90Sums {
-  float value[Config::kProducts][Config::kN / 2];
-};
 
 // A thread's registers hold two output features: these are their biases, as stored.
 template <class Config>
@@ -19,17 +14,10 @@ struct Sm90Bias {
   typename Config::Element value[Config::kProducts][2];
 };
 
-// First output feature and token of a consumer's share of a tile.
+// The 64 outputs and kN tokens that a consumer sums.
 struct ConsumerPlace {
   int consumer, feature, token;
 };
-
-template <class Config>
-FIPS_DEVICE ConsumerPlace consumer_place(const Sm90Tile& tile, int consumer) {
-  const int feature = tile.out_block * Config::kOut;
-  return Config::kSplitTokens ? ConsumerPlace{consumer, feature, tile.token + consumer * Config::kN}
-                              : ConsumerPlace{consumer, feature + consumer * kMmaRows, tile.token};
-}
 
 template <class Config>
 FIPS_DEVICE Sm90Bias<Config> load_bias(const Sm90Task& task, const ConsumerPlace& at) {
@@ -65,10 +53,9 @@ FIPS_DEVICE float finished(const Sm90Sums<Config>& sums, const Sm90Bias<Config>&
 
 // The two buffers of a consumer take turns, across tiles too (`turn` is the next one); its first
 // thread stores, and so knows which stores have yet to leave a buffer.
-template <class Config, Activation kActivation>
-FIPS_DEVICE void store_sums(const Sm90Task& task, const Sm90Shared<Config>& shared,
-                            const ConsumerPlace& at, const Sm90Sums<Config>& sums,
-                            const Sm90Bias<Config>& bias, int& turn) {
+template <class Config, Activation kActivation, class Shared>
+FIPS_DEVICE void store_sums(const Sm90Task& task, const Shared& shared, const ConsumerPlace& at,
+                            const Sm90Sums<Config>& sums, const Sm90Bias<Config>& bias, int& turn) {
   using T = typename Config::Element;
   const int thread = thread_index() % kWarpgroupSize;
   FIPS_UNROLL
@@ -76,7 +63,7 @@ FIPS_DEVICE void store_sums(const Sm90Task& task, const Sm90Shared<Config>& shar
     const SharedAddress buffer = shared.store(at.consumer, turn);
     turn ^= 1;
     if (thread == 0) {
-      tensor_store_wait_read<Config::kStoreBuffers - 1>();
+      tensor_store_wait_read<kStoreBuffers - 1>();
     }
     named_barrier(1 + at.consumer, kWarpgroupSize);
     FIPS_UNROLL
@@ -101,10 +88,10 @@ FIPS_DEVICE void store_sums(const Sm90Task& task, const Sm90Shared<Config>& shar
 
 // The activation is chosen once per tile, outside the unrolled loops. The transposed product has
 // none.
-template <class Config>
-FIPS_DEVICE void finish_tile(const Sm90Task& task, const Sm90Shared<Config>& shared,
-                             const ConsumerPlace& at, const Sm90Sums<Config>& sums,
-                             const Sm90Bias<Config>& bias, int& turn) {
+template <class Config, class Shared>
+FIPS_DEVICE void finish_tile(const Sm90Task& task, const Shared& shared, const ConsumerPlace& at,
+                             const Sm90Sums<Config>& sums, const Sm90Bias<Config>& bias,
+                             int& turn) {
   if constexpr (!Config::kTransposed) {
     switch (task.activation) {
       case Activation::kGelu:
@@ -124,6 +111,23 @@ FIPS_DEVICE void finish_tile(const Sm90Task& task, const Sm90Shared<Config>& sha
     }
   }
   store_sums<Config, Activation::kIdentity>(task, shared, at, sums, bias, turn);
+}
+
+// Shared memory may not go away before the last stores have read it.
+FIPS_DEVICE void finish_stores() {
+  if (thread_index() % kWarpgroupSize == 0) {
+    tensor_store_wait_read<0>();
+  }
+}
+
+template <class Config>
+FIPS_DEVICE void prefetch_tensor_maps(const Sm90Task& task) {
+  prefetch_tensor_map(task.x);
+  prefetch_tensor_map(task.out);
+  FIPS_UNROLL
+  for (int p = 0; p < Config::kProducts; ++p) {
+    prefetch_tensor_map(task.product[p].values);
+  }
 }
 
 }  // namespace fips::cuda

@@ -5,38 +5,78 @@
 
 #include "core/math.h"
 #include "kernels/block_sparse_mm.h"
+#include "kernels/cuda/block_sparse_mm_sm90_resident_config.h"
 #include "kernels/cuda/device_info.h"
 
 namespace fips::cuda {
 
-// Tokens of one tile. Tall is what registers hold: a warpgroup of 128 threads sums 64 features x
-// 256 tokens in 128 registers a thread; with a gate two sums of 192 tokens in 192.
+// From here on a tile of 128 tokens is more than half full.
+inline constexpr int64_t kSm90MinTokens = 65;
+
+// Tokens of one tile of the kernel that streams both operands. Tall is what registers hold: a
+// warpgroup of 128 threads sums 64 features x 256 tokens in 128 registers a thread; with a gate two
+// sums of 192 tokens in 192.
 inline constexpr int kSm90LowTile = 128;
 inline constexpr int sm90_tall_tile(int out_edge, bool gated) {
   return gated && out_edge == 128 ? 192 : 256;
 }
 
-// From here on a tile of 128 tokens is more than half full.
-inline constexpr int64_t kSm90MinTokens = 65;
-
-struct Sm90TileQuery {
+struct Sm90Query {
   int64_t tokens;
+  int64_t in_features;  // whole blocks of them
   int64_t out_blocks;
+  int64_t steps;  // of 64 reduction positions, over all output blocks and both products of a gate
   int out_edge;
-  bool gated;
+  bool transposed, gated;
   int sm_count;
 };
 
-// A tile's time is taken for the bytes it moves from L2 per reduction step, out_edge rows of
-// weights and `tile` rows of x, which is what limits these kernels (990 TFLOP/s on 128 x 256 x 64
-// would read 11.4 TB/s), times the waves of tiles.
-inline int choose_sm90_token_tile(const Sm90TileQuery& query) {
-  const auto cost = [&](int tile) {
-    const int64_t tiles = ceil_div(query.tokens, tile) * query.out_blocks;
-    return ceil_div(tiles, query.sm_count) * (tile + query.out_edge);
+struct Sm90Plan {
+  bool resident;  // x stays in shared memory, only weights are streamed
+  int tokens;     // of one tile
+};
+
+// The same for the kernel that keeps x: with a gate 192 tokens would spill.
+inline constexpr int resident_tallest(bool gated) { return gated ? 128 : 256; }
+
+// Bytes that the busiest multiprocessor moves from L2 to shared memory, which is what limits these
+// kernels: 132 of them at the tensor cores' speed would read 11 TB/s for tiles of 128 x 256. Both
+// kernels move 128 bytes per row of 64 reduction positions.
+
+inline double sm90_stream_bytes(const Sm90Query& query, int tile) {
+  const int64_t tiles = ceil_div(query.tokens, tile) * query.out_blocks;
+  const double steps = static_cast<double>(query.steps) / static_cast<double>(query.out_blocks);
+  return static_cast<double>(ceil_div(tiles, query.sm_count)) * steps * (tile + query.out_edge) *
+         128;
+}
+
+inline double sm90_resident_bytes(const Sm90Query& query, int tile) {
+  const int64_t units = query.out_blocks * (query.out_edge / 64);
+  const int64_t items = ceil_div(ceil_div(query.tokens, tile) * units, query.sm_count);
+  const double steps = static_cast<double>(query.steps) / static_cast<double>(query.out_blocks);
+  const int64_t loads = 1 + (items - 1) / units;
+  const int64_t panels = ceil_div(query.in_features, kSm90Reduce);
+  return (static_cast<double>(items) * steps * 64 + static_cast<double>(loads * panels) * tile) *
+         128;
+}
+
+inline Sm90Plan choose_sm90_plan(const Sm90Query& query) {
+  Sm90Plan best{false, sm90_tall_tile(query.out_edge, query.gated)};
+  double least = sm90_stream_bytes(query, best.tokens);
+  const auto offer = [&](const Sm90Plan& plan, double bytes) {
+    if (bytes < least) {
+      best = plan;
+      least = bytes;
+    }
   };
-  const int tall = sm90_tall_tile(query.out_edge, query.gated);
-  return cost(kSm90LowTile) < cost(tall) ? kSm90LowTile : tall;
+  offer({false, kSm90LowTile}, sm90_stream_bytes(query, kSm90LowTile));
+  for (const int tile : {256, 192, 128, 96}) {
+    const bool fits = ceil_div(query.in_features, kSm90Reduce) <= resident_panels(tile);
+    if (!query.transposed && fits && tile <= resident_tallest(query.gated)) {
+      offer({true, tile}, sm90_resident_bytes(query, tile));
+    }
+  }
+  return best;
 }
 
 // Whether the kernels run this product: bfloat16 or float16 in `block` encoding with edges of 64 or

@@ -1,9 +1,9 @@
 // From the run-time description of a product to the kernel compiled for it.
 #pragma once
 
-#include "kernels/cuda/block_sparse_mm_sm90_heuristics.h"
 #include "kernels/cuda/block_sparse_mm_sm90_kernel.cuh"
 #include "kernels/cuda/block_sparse_mm_sm90_launch.h"
+#include "kernels/cuda/block_sparse_mm_sm90_resident_kernel.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace fips::cuda {
@@ -14,11 +14,17 @@ class Sm90Launcher {
   Sm90Launcher(const Sm90Choice& choice, const Sm90Task& task, Stream stream)
       : choice_(choice), task_(task), stream_(stream) {}
 
-  void run() const { choice_.out_edge == 128 ? by_kind<128>() : by_kind<64>(); }
+  void run() const {
+    if (choice_.plan.resident) {
+      choice_.gated ? resident<true>() : resident<false>();
+    } else {
+      choice_.out_edge == 128 ? stream<128>() : stream<64>();
+    }
+  }
 
  private:
   template <int kOut>
-  void by_kind() const {
+  void stream() const {
     if (choice_.gated) {
       by_tile<kOut, false, true>();
     } else {
@@ -28,7 +34,7 @@ class Sm90Launcher {
 
   template <int kOut, bool kTransposed, bool kGated>
   void by_tile() const {
-    if (choice_.token_tile == kSm90LowTile) {
+    if (choice_.plan.tokens == kSm90LowTile) {
       start<Sm90Config<T, kOut, kSm90LowTile, kTransposed, kGated>>();
     } else {
       start<Sm90Config<T, kOut, sm90_tall_tile(kOut, kGated), kTransposed, kGated>>();
@@ -38,6 +44,28 @@ class Sm90Launcher {
   template <class Config>
   void start() const {
     launch<block_sparse_mm_wgmma<Config>>(
+        "block_sparse_mm", {task_.grid, kSm90Threads, Config::kSharedBytes}, task_, stream_);
+  }
+
+  template <bool kGated>
+  void resident() const {
+    switch (choice_.plan.tokens) {
+      case 96:
+        return start_resident<ResidentConfig<T, 96, kGated>>();
+      case 128:
+        return start_resident<ResidentConfig<T, 128, kGated>>();
+      default:
+        break;
+    }
+    if constexpr (!kGated) {
+      choice_.plan.tokens == 192 ? start_resident<ResidentConfig<T, 192, false>>()
+                                 : start_resident<ResidentConfig<T, 256, false>>();
+    }
+  }
+
+  template <class Config>
+  void start_resident() const {
+    launch<block_sparse_mm_wgmma_resident<Config>>(
         "block_sparse_mm", {task_.grid, kSm90Threads, Config::kSharedBytes}, task_, stream_);
   }
 

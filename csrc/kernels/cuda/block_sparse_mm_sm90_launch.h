@@ -2,15 +2,16 @@
 // the kernels of one element type.
 #pragma once
 
+#include "kernels/cuda/block_sparse_mm_sm90_heuristics.h"
 #include "kernels/cuda/block_sparse_mm_sm90_task.h"
 #include "kernels/cuda/stream.h"
 
 namespace fips::cuda {
 
 struct Sm90Choice {
+  Sm90Plan plan;
   bool transposed, gated;
-  int out_edge;    // 64 or 128
-  int token_tile;  // kSm90LowTile or sm90_tall_tile
+  int out_edge;  // 64 or 128
 };
 
 template <class T>

@@ -1,38 +1,20 @@
-// The stages of Hopper's block_sparse_mm and the warp that fills them: it walks the index of each
-// output block and has the copy engine bring the stored blocks and the rows of x that they meet.
+// The stages of the kernel that streams both operands, and the warp that fills them: it walks the
+// index of each output block and has the copy engine bring the stored blocks and the rows of x that
+// they meet.
 #pragma once
 
-#include "kernels/cuda/block_sparse_mm_sm90_config.h"
-#include "kernels/cuda/block_sparse_mm_sm90_task.h"
-#include "kernels/cuda/common.cuh"
-#include "kernels/cuda/ptx_sm90.cuh"
+#include "kernels/cuda/block_sparse_mm_sm90_pipeline.cuh"
 
 namespace fips::cuda {
 
-// Where a thread is in the ring of stages. `phase` is the parity of the rounds through it.
 template <class Config>
-struct StagePlace {
-  int slot = 0;
-  uint32_t phase = 0;
-
-  FIPS_DEVICE_MEMBER void advance() {
-    if (++slot == Config::kStages) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
-  FIPS_DEVICE_MEMBER int previous() const { return slot == 0 ? Config::kStages - 1 : slot - 1; }
-};
-
-template <class Config>
-struct Sm90Shared {
+struct StreamShared {
   SharedAddress base;
 
   FIPS_DEVICE_MEMBER SharedAddress x(int slot) const { return base + slot * Config::kStageBytes; }
   FIPS_DEVICE_MEMBER SharedAddress w(int slot) const { return x(slot) + Config::kXBytes; }
   FIPS_DEVICE_MEMBER SharedAddress store(int consumer, int buffer) const {
-    return base + Config::kStoresOffset +
-           (consumer * Config::kStoreBuffers + buffer) * Config::kStoreBytes;
+    return base + Config::kStoresOffset + (consumer * kStoreBuffers + buffer) * Config::kStoreBytes;
   }
   FIPS_DEVICE_MEMBER SharedAddress full(int slot) const {
     return base + Config::kBarriersOffset + slot * 8;
@@ -45,10 +27,10 @@ struct Sm90Shared {
 // By one thread, before the block barrier that starts the roles. A stage is full when its bytes
 // have come, and empty when every consumer warp has left it.
 template <class Config>
-FIPS_DEVICE void init_stages(const Sm90Shared<Config>& shared) {
+FIPS_DEVICE void init_stages(const StreamShared<Config>& shared) {
   for (int slot = 0; slot < Config::kStages; ++slot) {
     mbarrier_init(shared.full(slot), 1);
-    mbarrier_init(shared.empty(slot), kSm90Consumers * kWarpgroupSize / kWarpSize);
+    mbarrier_init(shared.empty(slot), kSm90Consumers * kWarpsPerWarpgroup);
   }
   mbarrier_init_fence();
 }
@@ -64,34 +46,22 @@ FIPS_DEVICE Sm90Tile sm90_tile(const Sm90Task& task, int index) {
   return {static_cast<int>(tile.token_tile) * Config::kTokens, static_cast<int>(tile.out_block)};
 }
 
-FIPS_DEVICE BlockRange product_range(const Sm90Task& task, const Sm90Product& product,
-                                     int out_block) {
-  return clamp_range(product.range[out_block], product.range[out_block + 1], product.num_blocks,
-                     task.reduce_blocks);
-}
-
-// Stages that one stored block fills: 1 or 2.
-FIPS_DEVICE int stages_per_block(const Sm90Task& task) {
-  return (1 << task.reduce_shift) / kSm90Reduce;
-}
-
-// Reduction positions from `part` * 64 on of the stored block. One that the index names wrongly is
-// read outside the tensors, as zeros.
+// Positions from part * 64 on of the stored block, and the features of x that they meet.
 template <class Config>
 FIPS_DEVICE void load_stage(const Sm90Task& task, const Sm90Product& product,
-                            const Sm90Shared<Config>& shared, const StagePlace<Config>& place,
+                            const StreamShared<Config>& shared, const StagePlace<Config>& place,
                             const BlockRef& block, int token, int part) {
   const SharedAddress full = shared.full(place.slot);
   mbarrier_wait(shared.empty(place.slot), place.phase ^ 1);
   mbarrier_arrive_expect(full, Config::kStageBytes);
   const int within = part * kSm90Reduce;
   const int feature = block.id < 0 ? task.in_features : block.feature + within;
-  const int row = (block.id < 0 ? product.num_blocks : block.id) * task.n_edge;
+  const int row = value_row(task, product, block);
   tensor_load(shared.x(place.slot), task.x, feature, token, full);
   if constexpr (Config::kTransposed) {
     FIPS_UNROLL
     for (int out = 0; out < Config::kOut; out += kMmaRows) {
-      tensor_load(shared.w(place.slot) + out / kMmaRows * Config::kWTileBytes, product.values, out,
+      tensor_load(shared.w(place.slot) + out / kMmaRows * kWTileBytes, product.values, out,
                   row + within, full);
     }
   } else {
@@ -99,46 +69,50 @@ FIPS_DEVICE void load_stage(const Sm90Task& task, const Sm90Product& product,
   }
 }
 
-// One warp. Its lanes read 32 index entries at a time, so that their latency comes once per 32.
+// One warp.
 template <class Config>
-FIPS_DEVICE void load_product(const Sm90Task& task, const Sm90Product& product,
-                              const Sm90Shared<Config>& shared, const Sm90Tile& tile, bool leader,
-                              StagePlace<Config>& place) {
-  const BlockRange range = product_range(task, product, tile.out_block);
-  const int parts = stages_per_block(task);
-  for (int first = range.begin; first < range.end; first += kWarpSize) {
-    const int entry = first + lane_index();
-    BlockRef mine{-1, 0};
-    if (entry < range.end) {
-      const int id = product.block_id == nullptr ? entry : product.block_id[entry];
-      mine = checked_ref(id, product.reduce_index[entry], product.num_blocks, task.reduce_blocks,
-                         task.reduce_shift);
-    }
-    const int count = elements_below(first, range.end, kWarpSize);
-    for (int i = 0; i < count; ++i) {
-      const BlockRef block{static_cast<int>(shuffle(mine.id, i)),
-                           static_cast<int>(shuffle(mine.feature, i))};
-      for (int part = 0; part < parts; ++part) {
-        if (leader) {
-          load_stage(task, product, shared, place, block, tile.token, part);
-        }
-        place.advance();
-      }
-    }
-  }
-}
-
-template <class Config>
-FIPS_DEVICE void produce(const Sm90Task& task, const Sm90Shared<Config>& shared) {
+FIPS_DEVICE void produce(const Sm90Task& task, const StreamShared<Config>& shared) {
   const bool leader = elect_one();
   StagePlace<Config> place;
   for (int index = static_cast<int>(block_index()); index < task.tiles; index += task.grid) {
     const Sm90Tile tile = sm90_tile<Config>(task, index);
     FIPS_UNROLL
     for (int p = 0; p < Config::kProducts; ++p) {
-      load_product(task, task.product[p], shared, tile, leader, place);
+      for_each_stage(task, task.product[p], tile.out_block, [&](const BlockRef& block, int part) {
+        if (leader) {
+          load_stage(task, task.product[p], shared, place, block, tile.token, part);
+        }
+        place.advance();
+      });
     }
   }
+}
+
+// The stages as a consumer sees them.
+template <class Config>
+struct StreamStages {
+  StreamShared<Config> shared;
+  MmaOperands first;  // operands in stage 0
+
+  FIPS_DEVICE_MEMBER MmaOperands enter(const StagePlace<Config>& place) const {
+    mbarrier_wait(shared.full(place.slot), place.phase);
+    const uint64_t skip = static_cast<uint64_t>(place.slot) * (Config::kStageBytes >> 4);
+    return {first.w + skip, first.x + skip};
+  }
+  FIPS_DEVICE_MEMBER void leave(int slot) const {
+    if (lane_index() == 0) {
+      mbarrier_arrive(shared.empty(slot));
+    }
+  }
+};
+
+template <class Config>
+FIPS_DEVICE StreamStages<Config> stream_stages(const StreamShared<Config>& shared, int consumer) {
+  const int w_skip = Config::kSplitTokens ? 0 : consumer * kWTileBytes;
+  const int x_skip = Config::kSplitTokens ? consumer * Config::kN * kSwizzleRowBytes : 0;
+  return {shared,
+          {mma_descriptor(shared_window_address(shared.w(0) + w_skip)),
+           mma_descriptor(shared_window_address(shared.x(0) + x_skip))}};
 }
 
 }  // namespace fips::cuda

@@ -4,6 +4,7 @@
 // hardware would answer with wrong numbers throws.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <deque>
@@ -465,6 +466,10 @@ FIPS_DEVICE void wgmma_wait() {
 }
 template <int kCount>
 FIPS_DEVICE void wgmma_settle(float (&)[kCount]) {}
+template <int kCount>
+FIPS_DEVICE void wgmma_clear(float (&d)[kCount]) {
+  std::fill_n(d, kCount, 0.0f);
+}
 
 template <class T, int kN, MmaMajor kMajorA, MmaMajor kMajorB>
 FIPS_DEVICE void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate) {

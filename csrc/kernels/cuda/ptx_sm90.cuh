@@ -185,19 +185,28 @@ FIPS_DEVICE void wgmma_settle(float (&d)[kCount]) {
   }
 }
 
+// Zeros, by moves that the compiler does not turn into selects where few sums are empty.
+template <int kCount>
+FIPS_DEVICE void wgmma_clear(float (&d)[kCount]) {
+  FIPS_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));
+  }
+}
+
 #define FIPS_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FIPS_F16(i) FIPS_F4(i), FIPS_F4(i + 4), FIPS_F4(i + 8), FIPS_F4(i + 12)
 #define FIPS_F32(i) FIPS_F16(i), FIPS_F16(i + 16)
 #define FIPS_D32 FIPS_F32(0)
 #define FIPS_D64 FIPS_D32, FIPS_F32(32)
+#define FIPS_D48 FIPS_D32, FIPS_F16(32)
 #define FIPS_D96 FIPS_D64, FIPS_F32(64)
 #define FIPS_D128 FIPS_D96, FIPS_F32(96)
 #define FIPS_R0                                                                      \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
   "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FIPS_R32                                                                       \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FIPS_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define FIPS_R48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define FIPS_R64                                                                       \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
@@ -217,16 +226,21 @@ FIPS_DEVICE void wgmma_settle(float (&d)[kCount]) {
                  "n"(static_cast<int>(kMajorB)))
 #define FIPS_WGMMA_N64(type) \
   FIPS_WGMMA("64", type, FIPS_R0, FIPS_D32, "%32", "%33", "%34", "%35", "%36")
+#define FIPS_WGMMA_N96(type) \
+  FIPS_WGMMA("96", type, FIPS_R0 FIPS_R32, FIPS_D48, "%48", "%49", "%50", "%51", "%52")
 #define FIPS_WGMMA_N128(type) \
-  FIPS_WGMMA("128", type, FIPS_R0 FIPS_R32, FIPS_D64, "%64", "%65", "%66", "%67", "%68")
-#define FIPS_WGMMA_N192(type) \
-  FIPS_WGMMA("192", type, FIPS_R0 FIPS_R32 FIPS_R64, FIPS_D96, "%96", "%97", "%98", "%99", "%100")
-#define FIPS_WGMMA_N256(type)                                                                    \
-  FIPS_WGMMA("256", type, FIPS_R0 FIPS_R32 FIPS_R64 FIPS_R96, FIPS_D128, "%128", "%129", "%130", \
-             "%131", "%132")
+  FIPS_WGMMA("128", type, FIPS_R0 FIPS_R32 FIPS_R48, FIPS_D64, "%64", "%65", "%66", "%67", "%68")
+#define FIPS_WGMMA_N192(type)                                                                \
+  FIPS_WGMMA("192", type, FIPS_R0 FIPS_R32 FIPS_R48 FIPS_R64, FIPS_D96, "%96", "%97", "%98", \
+             "%99", "%100")
+#define FIPS_WGMMA_N256(type)                                                                     \
+  FIPS_WGMMA("256", type, FIPS_R0 FIPS_R32 FIPS_R48 FIPS_R64 FIPS_R96, FIPS_D128, "%128", "%129", \
+             "%130", "%131", "%132")
 #define FIPS_WGMMA_ALL(type)        \
   if constexpr (kN == 64) {         \
     FIPS_WGMMA_N64(type);           \
+  } else if constexpr (kN == 96) {  \
+    FIPS_WGMMA_N96(type);           \
   } else if constexpr (kN == 128) { \
     FIPS_WGMMA_N128(type);          \
   } else if constexpr (kN == 192) { \
@@ -240,7 +254,7 @@ FIPS_DEVICE void wgmma_settle(float (&d)[kCount]) {
 // wait.
 template <class T, int kN, MmaMajor kMajorA, MmaMajor kMajorB>
 FIPS_DEVICE void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate) {
-  static_assert(kN == 64 || kN == 128 || kN == 192 || kN == 256, "instantiated widths");
+  static_assert(kN == 64 || kN == 96 || kN == 128 || kN == 192 || kN == 256, "instantiated widths");
   if constexpr (std::is_same_v<T, BFloat16>) {
     FIPS_WGMMA_ALL("bf16")
   } else {
@@ -252,15 +266,18 @@ FIPS_DEVICE void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulat
 #undef FIPS_F16
 #undef FIPS_F32
 #undef FIPS_D32
+#undef FIPS_D48
 #undef FIPS_D64
 #undef FIPS_D96
 #undef FIPS_D128
 #undef FIPS_R0
 #undef FIPS_R32
+#undef FIPS_R48
 #undef FIPS_R64
 #undef FIPS_R96
 #undef FIPS_WGMMA
 #undef FIPS_WGMMA_N64
+#undef FIPS_WGMMA_N96
 #undef FIPS_WGMMA_N128
 #undef FIPS_WGMMA_N192
 #undef FIPS_WGMMA_N256

@@ -25,8 +25,8 @@ struct TensorMap {
 
 #else
 
-struct alignas(64) TensorMap {
-  unsigned char opaque[128];  // CUtensorMap
+struct alignas(128) TensorMap {
+  unsigned char opaque[128];  // CUtensorMap, aligned as CUDA 13 asks (64 bytes before)
 };
 
 #endif
