@@ -4,13 +4,13 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <random>
 #include <vector>
 
 #include "core/pack.h"
 #include "kernels/cuda/block_sparse_mm.h"
 #include "kernels/cuda/block_sparse_mm_sm90.h"
-#include "kernels/cuda/block_sparse_mm_sm90_heuristics.h"
 #include "kernels/cuda/emulation.h"
 
 namespace fips::cuda {
@@ -25,7 +25,8 @@ struct Case {
   Activation activation = Activation::kIdentity;
   int sm_count = 2;  // fewer than tiles, so that thread blocks walk several
   double density = 0.6;
-  int x_gap = 8;  // elements between rows of x beyond the features
+  std::optional<Sm90Plan> plan;  // none: through block_sparse_mm
+  int x_gap = 8;                 // elements between rows of x beyond the features
 };
 
 double activate(Activation activation, double x) {
@@ -98,7 +99,11 @@ class Problem {
                               c.bias ? gate.bias.data() : nullptr};
     const BlockSparseMmParams p = params();
     ASSERT_TRUE(sm90_supports(p, epilogue, emulation::device()));
-    block_sparse_mm(p, epilogue, nullptr);
+    if (c.plan.has_value()) {
+      block_sparse_mm_sm90(p, epilogue, *c.plan, nullptr);
+    } else {
+      block_sparse_mm(p, epilogue, nullptr);
+    }
     emulation::settings() = {};
   }
 
@@ -200,44 +205,94 @@ void expect_right(const Case& c, bool both_orders = false) {
 
 class Sm90Blocks : public testing::TestWithParam<std::tuple<int, int, bool>> {};
 
-TEST_P(Sm90Blocks, TallTile) {
+TEST_P(Sm90Blocks, Streamed) {
   Case c;
   std::tie(c.bk, c.bn, c.transposed) = GetParam();
-  c.sm_count = 1;
+  c.plan = Sm90Plan{false, 256};
   expect_right(c, true);
+  c.tokens = 300;
+  c.plan = Sm90Plan{false, 128};
+  expect_right<Half>(c);
+}
+
+TEST_P(Sm90Blocks, Resident) {
+  Case c;
+  std::tie(c.bk, c.bn, c.transposed) = GetParam();
+  if (c.transposed) {
+    GTEST_SKIP() << "its input is wide";
+  }
+  c.plan = Sm90Plan{true, 96};
+  expect_right(c, true);
+  c.plan = Sm90Plan{true, 128};
+  c.gated = true;
+  expect_right<Half>(c);
 }
 
 INSTANTIATE_TEST_SUITE_P(CudaSm90, Sm90Blocks,
                          testing::Combine(testing::Values(64, 128), testing::Values(64, 128),
                                           testing::Bool()));
 
-TEST(CudaSm90, LowTilesAndSeveralTilesPerThreadBlock) {
-  for (const int bn : {64, 128}) {
-    for (const bool transposed : {false, true}) {
-      Case c;
-      c.tokens = 300;
-      c.bn = c.bk = bn;
-      c.transposed = transposed;
-      c.sm_count = 2;
-      expect_right(c, true);
-      c.sm_count = 132;
-      expect_right<Half>(c);
-    }
+// Blocks of threads that end inside a token tile, and reload x several times.
+TEST(CudaSm90, ResidentTilesAreSharedUnevenly) {
+  for (const int sm_count : {1, 2, 5}) {
+    Case c;
+    c.tokens = 300;
+    c.bn = 64;
+    c.cols = 170;
+    c.sm_count = sm_count;
+    c.plan = Sm90Plan{true, 96};
+    expect_right(c, sm_count < 3);
   }
+}
+
+TEST(CudaSm90, WideResidentTiles) {
+  for (const int tokens : {192, 256}) {
+    Case c;
+    c.tokens = 270;
+    c.bn = 64;
+    c.rows = 240;
+    c.plan = Sm90Plan{true, tokens};
+    expect_right(c);
+  }
+}
+
+// The most input features that stay, and one panel more.
+TEST(CudaSm90, ResidentLimit) {
+  Case c;
+  c.tokens = 97;
+  c.rows = 768;
+  c.bn = 64;
+  c.cols = 130;
+  c.density = 0.3;
+  c.plan = Sm90Plan{true, 96};
+  expect_right(c);
+  c.rows = 770;
+  Problem<BFloat16> wider(c);
+  EXPECT_THROW(block_sparse_mm_sm90(wider.params(), {}, *c.plan, nullptr), Error);
 }
 
 TEST(CudaSm90, GateWithEveryTile) {
   for (const int bn : {64, 128}) {
-    for (const int sm_count : {1, 132}) {
+    for (const Sm90Plan& plan : {Sm90Plan{false, 128}, Sm90Plan{false, bn == 64 ? 256 : 192},
+                                 Sm90Plan{true, 96}, Sm90Plan{true, 128}}) {
       Case c;
       c.tokens = 260;
       c.bn = bn;
       c.gated = true;
       c.activation = Activation::kSilu;
-      c.sm_count = sm_count;
-      expect_right(c, sm_count == 1);
-      expect_right<Half>(c);
+      c.plan = plan;
+      expect_right(c);
     }
+  }
+}
+
+TEST(CudaSm90, ThroughTheEntryPoint) {
+  for (const bool transposed : {false, true}) {
+    Case c;
+    c.tokens = 200;
+    c.transposed = transposed;
+    expect_right(c, true);
+    expect_right<Half>(c);
   }
 }
 
@@ -431,7 +486,7 @@ TEST(CudaSm90Plan, EveryChoiceFits) {
       for (const bool gated : {false, true}) {
         const Sm90Plan p = plan(tokens, in, 3072, 64, 64, 0.5, gated);
         EXPECT_TRUE(!p.resident || ceil_div(in, 64) <= resident_panels(p.tokens));
-        EXPECT_LE(p.tokens, p.resident ? resident_tallest(gated) : 256);
+        EXPECT_LE(p.tokens, p.resident && gated ? 128 : 256);
       }
     }
   }

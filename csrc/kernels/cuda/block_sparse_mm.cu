@@ -5,7 +5,6 @@
 
 #if defined(FIPS_CUDA_SM90)  // built for sm_90a as well
 #include "kernels/cuda/block_sparse_mm_sm90.h"
-#include "kernels/cuda/block_sparse_mm_sm90_heuristics.h"
 #endif
 
 namespace fips::cuda {
@@ -42,7 +41,7 @@ void block_sparse_mm(const BlockSparseMmParams& params, const MmEpilogue& epilog
 #if defined(FIPS_CUDA_SM90)
   const DeviceInfo device = current_device();
   if (device.capability == 90 && sm90_supports(params, epilogue, device)) {
-    return block_sparse_mm_sm90(params, epilogue, stream);
+    return block_sparse_mm_sm90(params, epilogue, sm90_plan(params, epilogue, device), stream);
   }
 #endif
   task.activation = epilogue.activation;

@@ -96,13 +96,23 @@ bool sm90_supports(const BlockSparseMmParams& params, const MmEpilogue& epilogue
   return epilogue.gate == nullptr || (same_grid(*epilogue.gate, v) && has_values(*epilogue.gate));
 }
 
+Sm90Plan sm90_plan(const BlockSparseMmParams& params, const MmEpilogue& epilogue,
+                   const DeviceInfo& device) {
+  return choose_sm90_plan(make_query(params, epilogue, device));
+}
+
 void block_sparse_mm_sm90(const BlockSparseMmParams& params, const MmEpilogue& epilogue,
-                          Stream stream) {
+                          const Sm90Plan& plan, Stream stream) {
   const DeviceInfo device = current_device();
+  FIPS_CHECK(sm90_plan_exists(make_query(params, epilogue, device), plan), "block_sparse_mm: no ",
+             plan.resident ? "resident" : "streaming", " kernel for tiles of ", plan.tokens,
+             " tokens and ", params.in_features(), " input features");
+  if (epilogue.gate != nullptr) {
+    check_sizes(*epilogue.gate, "block_sparse_mm: gate");
+  }
   const bool transpose = params.transpose;
-  const int out_edge = transpose ? params.v.bk : params.v.bn;
-  const Sm90Plan plan = choose_sm90_plan(make_query(params, epilogue, device));
-  const Sm90Choice choice{plan, transpose, epilogue.gate != nullptr, out_edge};
+  const Sm90Choice choice{plan, transpose, epilogue.gate != nullptr,
+                          transpose ? params.v.bk : params.v.bn};
   const Sm90Task task = make_task(params, epilogue, plan, device);
   params.v.dtype == DType::kBFloat16 ? launch_sm90<BFloat16>(choice, task, stream)
                                      : launch_sm90<Half>(choice, task, stream);

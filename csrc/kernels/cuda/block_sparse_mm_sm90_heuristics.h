@@ -1,12 +1,10 @@
-// When block_sparse_mm takes Hopper's kernels and which tile they run: pure functions of the call.
+// Which of Hopper's kernels runs a block_sparse_mm, and its tile: pure functions of the call.
 #pragma once
 
 #include <cstdint>
 
 #include "core/math.h"
-#include "kernels/block_sparse_mm.h"
 #include "kernels/cuda/block_sparse_mm_sm90_resident_config.h"
-#include "kernels/cuda/device_info.h"
 
 namespace fips::cuda {
 
@@ -33,11 +31,9 @@ struct Sm90Query {
 
 struct Sm90Plan {
   bool resident;  // x stays in shared memory, only weights are streamed
-  int tokens;     // of one tile
+  int tokens;     // of one tile; resident: 96, 128, and without a gate 192 and 256 (with one, 192
+                  // would spill)
 };
-
-// The same for the kernel that keeps x: with a gate 192 tokens would spill.
-inline constexpr int resident_tallest(bool gated) { return gated ? 128 : 256; }
 
 // Bytes that the busiest multiprocessor moves from L2 to shared memory, which is what limits these
 // kernels: 132 of them at the tensor cores' speed would read 11 TB/s for tiles of 128 x 256. Both
@@ -60,29 +56,31 @@ inline double sm90_resident_bytes(const Sm90Query& query, int tile) {
          128;
 }
 
+inline bool sm90_plan_exists(const Sm90Query& query, const Sm90Plan& plan) {
+  if (!plan.resident) {
+    return plan.tokens == kSm90LowTile ||
+           plan.tokens == sm90_tall_tile(query.out_edge, query.gated);
+  }
+  const bool width = plan.tokens == 96 || plan.tokens == 128 ||
+                     (!query.gated && (plan.tokens == 192 || plan.tokens == 256));
+  return width && !query.transposed &&
+         ceil_div(query.in_features, kSm90Reduce) <= resident_panels(plan.tokens);
+}
+
 inline Sm90Plan choose_sm90_plan(const Sm90Query& query) {
   Sm90Plan best{false, sm90_tall_tile(query.out_edge, query.gated)};
   double least = sm90_stream_bytes(query, best.tokens);
   const auto offer = [&](const Sm90Plan& plan, double bytes) {
-    if (bytes < least) {
+    if (sm90_plan_exists(query, plan) && bytes < least) {
       best = plan;
       least = bytes;
     }
   };
   offer({false, kSm90LowTile}, sm90_stream_bytes(query, kSm90LowTile));
-  for (const int tile : {256, 192, 128, 96}) {
-    const bool fits = ceil_div(query.in_features, kSm90Reduce) <= resident_panels(tile);
-    if (!query.transposed && fits && tile <= resident_tallest(query.gated)) {
-      offer({true, tile}, sm90_resident_bytes(query, tile));
-    }
+  for (const int tokens : {256, 192, 128, 96}) {
+    offer({true, tokens}, sm90_resident_bytes(query, tokens));
   }
   return best;
 }
-
-// Whether the kernels run this product: bfloat16 or float16 in `block` encoding with edges of 64 or
-// 128, more than 64 tokens, and tensors as the copy engine takes them (16-byte alignment of
-// addresses and strides). A gate must have the same grid. Looks at no index.
-bool sm90_supports(const BlockSparseMmParams& params, const MmEpilogue& epilogue,
-                   const DeviceInfo& device);
 
 }  // namespace fips::cuda

@@ -81,21 +81,21 @@ FIPS_DEVICE void for_each_token_tile(const Sm90Task& task, const Run& run) {
 
 FIPS_DEVICE int units_per_block(const Sm90Task& task) { return task.n_edge / kMmaRows; }
 
+// Past the last feature: zeros.
+FIPS_DEVICE int panel_count(const Sm90Task& task) {
+  return task.reduce_blocks * stages_per_block(task);
+}
+
 // The warp that brings x, panel by panel of 64 features: products begin with the first ones.
 template <class Config>
 FIPS_DEVICE void produce_panels(const Sm90Task& task, const ResidentShared<Config>& shared) {
   const bool leader = elect_one();
-  const int panels = task.reduce_blocks * stages_per_block(task);  // past the last feature: zeros
   for_each_token_tile<Config>(task, [&](int token, int, int, uint32_t parity) {
     if (leader) {
       mbarrier_wait(shared.panels_empty(), parity ^ 1);
-      for (int panel = 0; panel < panels; ++panel) {
+      for (int panel = 0; panel < panel_count(task); ++panel) {
         mbarrier_arrive_expect(shared.panel_full(panel), Config::kPanelBytes);
         tensor_load(shared.x(panel), task.x, panel * kSm90Reduce, token, shared.panel_full(panel));
-      }
-      // Some may have no reader, and none may be under way when the next one or the end comes.
-      for (int panel = 0; panel < panels; ++panel) {
-        mbarrier_wait(shared.panel_full(panel), parity);
       }
     }
   });
@@ -155,6 +155,19 @@ struct ResidentStages {
   }
 };
 
+// A consumer that used no panel, or not all, waits for them nonetheless: it may neither get a token
+// tile ahead of the other, whose arrival it would stand in for, nor end while copies are under way.
+template <class Config>
+FIPS_DEVICE void leave_panels(const Sm90Task& task, const ResidentShared<Config>& shared,
+                              uint32_t parity) {
+  for (int panel = 0; panel < panel_count(task); ++panel) {
+    mbarrier_wait(shared.panel_full(panel), parity);
+  }
+  if (lane_index() == 0) {
+    mbarrier_arrive(shared.panels_empty());
+  }
+}
+
 template <class Config>
 FIPS_DEVICE void consume_resident(const Sm90Task& task, const ResidentShared<Config>& shared,
                                   int consumer) {
@@ -185,9 +198,7 @@ FIPS_DEVICE void consume_resident(const Sm90Task& task, const ResidentShared<Con
       finish_tile<Config>(task, shared, at, sums, bias, turn);
       steps = next_steps;
     }
-    if (lane_index() == 0) {
-      mbarrier_arrive(shared.panels_empty());
-    }
+    leave_panels(task, shared, parity);
   });
   finish_stores();
 }
