@@ -26,15 +26,15 @@ FIPS_DEVICE void consume(const Sm90Task& task, const StreamShared<Config>& share
   int turn = 0;
   int index = static_cast<int>(block_index());
   Sm90Tile tile = sm90_tile<Config>(task, index);
-  TileSteps<Config> steps = tile_steps<Config>(task, tile.out_block);
+  TileRanges<Config> ranges = load_ranges<Config>(task, tile.out_block);
   while (true) {
     const ConsumerPlace at = consumer_place<Config>(tile, consumer);
     const Sm90Bias<Config> bias = load_bias<Config>(task, at);
     index += task.grid;
-    TileSteps<Config> next_steps{};
-    if (index < task.tiles) {  // read ahead: the range of a tile is needed the moment it begins
+    const TileSteps<Config> steps = tile_steps(task, ranges);
+    if (index < task.tiles) {
       tile = sm90_tile<Config>(task, index);
-      next_steps = tile_steps<Config>(task, tile.out_block);
+      ranges = load_ranges<Config>(task, tile.out_block);
     }
     Sm90Sums<Config> sums;
     multiply_tile(sums, stages, steps, place);
@@ -42,7 +42,6 @@ FIPS_DEVICE void consume(const Sm90Task& task, const StreamShared<Config>& share
     if (index >= task.tiles) {
       break;
     }
-    steps = next_steps;
   }
   finish_stores();
 }

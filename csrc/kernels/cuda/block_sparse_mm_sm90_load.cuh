@@ -42,7 +42,7 @@ struct Sm90Tile {
 
 template <class Config>
 FIPS_DEVICE Sm90Tile sm90_tile(const Sm90Task& task, int index) {
-  const TileIndex tile = tile_of(index, task.token_tiles, task.out_blocks);
+  const TileIndex tile = raster_tile<int>(index, task.token_tiles, task.out_blocks);
   return {static_cast<int>(tile.token_tile) * Config::kTokens, static_cast<int>(tile.out_block)};
 }
 
@@ -96,7 +96,7 @@ struct StreamStages {
 
   FIPS_DEVICE_MEMBER MmaOperands enter(const StagePlace<Config>& place) const {
     mbarrier_wait(shared.full(place.slot), place.phase);
-    const uint64_t skip = static_cast<uint64_t>(place.slot) * (Config::kStageBytes >> 4);
+    const uint32_t skip = static_cast<uint32_t>(place.slot) * (Config::kStageBytes >> 4);
     return {first.w + skip, first.x + skip};
   }
   FIPS_DEVICE_MEMBER void leave(int slot) const {
@@ -110,9 +110,7 @@ template <class Config>
 FIPS_DEVICE StreamStages<Config> stream_stages(const StreamShared<Config>& shared, int consumer) {
   const int w_skip = Config::kSplitTokens ? 0 : consumer * kWTileBytes;
   const int x_skip = Config::kSplitTokens ? consumer * Config::kN * kSwizzleRowBytes : 0;
-  return {shared,
-          {mma_descriptor(shared_window_address(shared.w(0) + w_skip)),
-           mma_descriptor(shared_window_address(shared.x(0) + x_skip))}};
+  return {shared, {mma_operand(shared.w(0) + w_skip), mma_operand(shared.x(0) + x_skip)}};
 }
 
 }  // namespace fips::cuda

@@ -73,6 +73,24 @@ FIPS_DEVICE int value_row(const Sm90Task& task, const Sm90Product& product, cons
   return (block.id < 0 ? product.num_blocks : block.id) * task.n_edge;
 }
 
+// The index ranges of an output block, as stored: a consumer loads those of the next tile before a
+// tile's products, and looks at them after.
+template <class Config>
+struct TileRanges {
+  int32_t begin[Config::kProducts], end[Config::kProducts];
+};
+
+template <class Config>
+FIPS_DEVICE TileRanges<Config> load_ranges(const Sm90Task& task, int out_block) {
+  TileRanges<Config> ranges;
+  FIPS_UNROLL
+  for (int p = 0; p < Config::kProducts; ++p) {
+    ranges.begin[p] = task.product[p].range[out_block];
+    ranges.end[p] = task.product[p].range[out_block + 1];
+  }
+  return ranges;
+}
+
 // Stages of each product of an output block.
 template <class Config>
 struct TileSteps {
@@ -80,11 +98,12 @@ struct TileSteps {
 };
 
 template <class Config>
-FIPS_DEVICE TileSteps<Config> tile_steps(const Sm90Task& task, int out_block) {
+FIPS_DEVICE TileSteps<Config> tile_steps(const Sm90Task& task, const TileRanges<Config>& ranges) {
   TileSteps<Config> steps;
   FIPS_UNROLL
   for (int p = 0; p < Config::kProducts; ++p) {
-    const BlockRange range = product_range(task, task.product[p], out_block);
+    const BlockRange range =
+        clamp_range(ranges.begin[p], ranges.end[p], task.product[p].num_blocks, task.reduce_blocks);
     steps.count[p] = (range.end - range.begin) * stages_per_block(task);
   }
   return steps;
@@ -96,10 +115,15 @@ struct Sm90Sums {
   float value[Config::kProducts][Config::kN / 2];
 };
 
-// Descriptors of the operands of one stage.
+// Descriptors of the operands of one stage: low words, where the address is.
 struct MmaOperands {
-  uint64_t w, x;
+  uint32_t w, x;
 };
+
+FIPS_DEVICE uint32_t mma_operand(SharedAddress tile) {
+  return static_cast<uint32_t>(mma_descriptor(shared_window_address(tile)));
+}
+FIPS_DEVICE uint64_t whole_descriptor(uint32_t low) { return mma_descriptor(0) >> 32 << 32 | low; }
 
 // Adds `steps` stages to the sums, with the products of one stage in flight while the next one's
 // are issued. On return the last stage's are still in flight and that stage is not left yet;
@@ -115,8 +139,8 @@ FIPS_DEVICE void accumulate(float (&sums)[Config::kN / 2], const Stages& stages,
     FIPS_UNROLL
     for (int k = 0; k < kSm90Reduce / kMmaReduce; ++k) {
       wgmma<typename Config::Element, Config::kN, Config::kWMajor, MmaMajor::kReduce>(
-          sums, operands.w + k * mma_reduce_step(Config::kWMajor),
-          operands.x + k * mma_reduce_step(MmaMajor::kReduce), step > 0 || k > 0);
+          sums, whole_descriptor(operands.w + k * mma_reduce_step(Config::kWMajor)),
+          whole_descriptor(operands.x + k * mma_reduce_step(MmaMajor::kReduce)), step > 0 || k > 0);
     }
     wgmma_commit();
     wgmma_wait<1>();

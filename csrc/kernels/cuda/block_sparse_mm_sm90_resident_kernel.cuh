@@ -145,8 +145,8 @@ struct ResidentStages {
     // One value per warp: the descriptor is made of uniform registers.
     const int panel = static_cast<int>(shuffle(shared.panel_of(consumer, place.slot), 0));
     mbarrier_wait(shared.panel_full(panel), parity);
-    return {first.w + static_cast<uint64_t>(place.slot) * (kWTileBytes >> 4),
-            first.x + static_cast<uint64_t>(panel) * (Config::kPanelBytes >> 4)};
+    return {first.w + static_cast<uint32_t>(place.slot) * (kWTileBytes >> 4),
+            first.x + static_cast<uint32_t>(panel) * (Config::kPanelBytes >> 4)};
   }
   FIPS_DEVICE_MEMBER void leave(int slot) const {
     if (lane_index() == 0) {
@@ -171,32 +171,28 @@ FIPS_DEVICE void leave_panels(const Sm90Task& task, const ResidentShared<Config>
 template <class Config>
 FIPS_DEVICE void consume_resident(const Sm90Task& task, const ResidentShared<Config>& shared,
                                   int consumer) {
-  ResidentStages<Config> stages{shared,
-                                consumer,
-                                0,
-                                {mma_descriptor(shared_window_address(shared.w(consumer, 0))),
-                                 mma_descriptor(shared_window_address(shared.x(0)))}};
+  ResidentStages<Config> stages{
+      shared, consumer, 0, {mma_operand(shared.w(consumer, 0)), mma_operand(shared.x(0))}};
   StagePlace<Config> place;
   int turn = 0;
   for_each_token_tile<Config>(task, [&](int token, int first, int end, uint32_t parity) {
     stages.parity = parity;
     int unit = first + consumer;
-    TileSteps<Config> steps{};
+    TileRanges<Config> ranges{};
     if (unit < end) {
-      steps = tile_steps<Config>(task, unit / units_per_block(task));
+      ranges = load_ranges<Config>(task, unit / units_per_block(task));
     }
     while (unit < end) {
       const ConsumerPlace at{consumer, unit * kMmaRows, token};
       const Sm90Bias<Config> bias = load_bias<Config>(task, at);
       unit += kSm90Consumers;
-      TileSteps<Config> next_steps{};
-      if (unit < end) {  // read ahead: the range of a unit is needed the moment it begins
-        next_steps = tile_steps<Config>(task, unit / units_per_block(task));
+      const TileSteps<Config> steps = tile_steps(task, ranges);
+      if (unit < end) {
+        ranges = load_ranges<Config>(task, unit / units_per_block(task));
       }
       Sm90Sums<Config> sums;
       multiply_tile(sums, stages, steps, place);
       finish_tile<Config>(task, shared, at, sums, bias, turn);
-      steps = next_steps;
     }
     leave_panels(task, shared, parity);
   });

@@ -62,7 +62,7 @@ FIPS_INLINE FIPS_HOST_DEVICE uint64_t mma_descriptor(uint32_t address,
 // How far 16 reduction positions move the start of an operand, in descriptor units of 16 bytes: 32
 // bytes along a row (K major: the swizzle acts on address bits, so the start may lie inside a
 // pattern's row), or 16 rows (MN major).
-FIPS_INLINE FIPS_HOST_DEVICE constexpr uint64_t mma_reduce_step(MmaMajor major) {
+FIPS_INLINE FIPS_HOST_DEVICE constexpr uint32_t mma_reduce_step(MmaMajor major) {
   return (major == MmaMajor::kReduce ? kMmaReduce * 2 : kMmaReduce * kSwizzleRowBytes) >> 4;
 }
 
