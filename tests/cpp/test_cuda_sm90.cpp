@@ -210,7 +210,7 @@ TEST_P(Sm90Blocks, Streamed) {
   std::tie(c.bk, c.bn, c.transposed) = GetParam();
   c.plan = Sm90Plan{false, 256};
   expect_right(c, true);
-  c.tokens = 300;
+  c.tokens = 150;
   c.plan = Sm90Plan{false, 128};
   expect_right<Half>(c);
 }
@@ -278,7 +278,7 @@ TEST(CudaSm90, GateWithEveryTile) {
     for (const Sm90Plan& plan : {Sm90Plan{false, 128}, Sm90Plan{false, bn == 64 ? 256 : 192},
                                  Sm90Plan{true, 96}, Sm90Plan{true, 128}}) {
       Case c;
-      c.tokens = 260;
+      c.tokens = 200;
       c.bn = bn;
       c.gated = true;
       c.activation = Activation::kSilu;
