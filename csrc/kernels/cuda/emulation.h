@@ -12,8 +12,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "core/check.h"
@@ -56,6 +59,13 @@ struct Warp {
                      [64];  // two, so that a fast lane cannot overwrite what a slow one reads
 };
 
+// State of instructions that only some architectures have (emulation_sm90.h).
+struct BlockExtension {
+  virtual ~BlockExtension() = default;
+  virtual void finish() {}  // all threads are done: throws if the block may not end like this
+  virtual std::string explain_deadlock() const { return ""; }
+};
+
 class Block {
  public:
   Block(int threads, int shared_bytes, int64_t index, bool reverse)
@@ -76,7 +86,16 @@ class Block {
     for (Fibre& fibre : fibres_) {
       start(fibre);
     }
-    while (resume_all()) {
+    try {
+      while (resume_all()) {
+      }
+      FIPS_CHECK(deferred_.empty(), "emulation: a block ends with asynchronous copies under way");
+      if (extension_ != nullptr) {
+        extension_->finish();
+      }
+    } catch (...) {
+      current() = nullptr;
+      throw;
     }
     current() = nullptr;
   }
@@ -87,8 +106,44 @@ class Block {
   }
 
   unsigned char* shared() { return shared_.get(); }
+  int threads() const { return static_cast<int>(fibres_.size()); }
+  bool reverse() const { return reverse_; }
 
   void barrier() { meet(barrier_); }
+
+  void meet(Meeting& meeting) {
+    ++progress_;
+    const int generation = meeting.generation;
+    if (++meeting.arrived == meeting.size) {
+      meeting.arrived = 0;
+      ++meeting.generation;
+      return;
+    }
+    while (meeting.generation == generation) {
+      swapcontext(&fibre().context, &scheduler_);
+    }
+  }
+
+  // Lets other threads run until `done()`.
+  template <class Done>
+  void wait_until(const Done& done) {
+    while (!done()) {
+      swapcontext(&fibre().context, &scheduler_);
+    }
+    ++progress_;
+  }
+
+  // An operation that the hardware performs at a time of its own: here once every thread is stuck,
+  // oldest first, or newest first when the warps run in reverse.
+  void defer(std::function<void()> operation) { deferred_.push_back(std::move(operation)); }
+
+  template <class Extension>
+  Extension& extension() {
+    if (extension_ == nullptr) {
+      extension_ = std::make_unique<Extension>(*this);
+    }
+    return static_cast<Extension&>(*extension_);
+  }
 
   // Every lane's `value`, once all lanes of the warp have brought theirs.
   template <class Value>
@@ -130,7 +185,11 @@ class Block {
 
   static void enter() {
     Block* block = current();
-    (*block->kernel_)();
+    try {
+      (*block->kernel_)();
+    } catch (...) {
+      block->failure_ = std::current_exception();
+    }
     block->fibre().done = true;
     ++block->progress_;
     swapcontext(&block->fibre().context, &block->scheduler_);
@@ -154,10 +213,24 @@ class Block {
     for (int i = 0; i < warps; ++i) {
       unfinished |= resume_warp(reverse_ ? warps - 1 - i : i);
     }
-    FIPS_CHECK(
-        !unfinished || progress_ != before,
-        "emulation: deadlock, the threads of a block wait for each other at different places");
+    if (unfinished && progress_ == before) {
+      FIPS_CHECK(perform_deferred(),
+                 "emulation: deadlock, the threads of a block wait for each other at different "
+                 "places",
+                 extension_ == nullptr ? "" : extension_->explain_deadlock());
+    }
     return unfinished;
+  }
+
+  bool perform_deferred() {
+    if (deferred_.empty()) {
+      return false;
+    }
+    const auto which = reverse_ ? deferred_.end() - 1 : deferred_.begin();
+    const std::function<void()> operation = std::move(*which);
+    deferred_.erase(which);
+    operation();
+    return true;
   }
 
   bool resume_warp(int warp) {
@@ -170,23 +243,13 @@ class Block {
         if (!fibre().done) {
           unfinished = true;
           swapcontext(&scheduler_, &fibre().context);
+          if (failure_ != nullptr) {
+            std::rethrow_exception(failure_);
+          }
         }
       }
     }
     return unfinished;
-  }
-
-  void meet(Meeting& meeting) {
-    ++progress_;
-    const int generation = meeting.generation;
-    if (++meeting.arrived == meeting.size) {
-      meeting.arrived = 0;
-      ++meeting.generation;
-      return;
-    }
-    while (meeting.generation == generation) {
-      swapcontext(&fibre().context, &scheduler_);
-    }
   }
 
   std::vector<Fibre> fibres_;
@@ -195,6 +258,9 @@ class Block {
   Meeting barrier_;
   ucontext_t scheduler_;
   const std::function<void()>* kernel_ = nullptr;
+  std::deque<std::function<void()>> deferred_;
+  std::unique_ptr<BlockExtension> extension_;
+  std::exception_ptr failure_;
   int64_t progress_ = 0;
   bool reverse_;
 };
