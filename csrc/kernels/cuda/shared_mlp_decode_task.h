@@ -1,0 +1,84 @@
+// What one launch of shared_mlp_decode works on: four stages, each one or two products of a few
+// tokens with a matrix, dense or a slice. Plain data, passed to the kernel by value.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/block_sparse_mm_task.h"
+#include "kernels/cuda/shared_mlp_decode_layout.h"
+#include "kernels/shared_mlp_decode.h"
+
+namespace fips::cuda {
+
+inline constexpr int kDecodeStages = 4;  // z, h, w, y
+inline constexpr int kHiddenStage = 1;
+inline constexpr int kDecodeBarriers = kDecodeStages - 1;
+inline constexpr int kDecodeMatrices = 5;
+
+// Seen from the product: outputs and positions of the reduction instead of rows and columns.
+struct DecodeMatrix {
+  const void* values;
+  int in_features, out_features;
+  bool transposed;     // outputs, not the reduction, are contiguous
+  bool wide;           // 16-byte accesses are aligned
+  int64_t row_stride;  // of a dense matrix, in elements
+
+  const int32_t* range;         // null: dense; else as in block_sparse_mm_task.h
+  const int32_t* reduce_index;  // ditto
+  const int32_t* block_id;      // ditto
+  int num_blocks, reduce_blocks, slots;
+  int out_shift, reduce_shift, k_shift;  // log2 of the block edges
+
+  const uint8_t* mask;       // null: `block` encoding
+  const int32_t* value_ptr;  // `bitmap`
+  int64_t num_values;
+  bool wide_mask;  // 4-byte accesses are aligned
+};
+
+// Features [tokens, count] that a stage reads and the one before it writes.
+struct DecodeFeatures {
+  void* data;
+  int64_t stride;
+  int count;
+  bool wide;
+};
+
+struct DecodeTask {
+  DecodeMatrix matrix[kDecodeMatrices];        // U, up, gate, down, U_out; see matrix_of
+  DecodeFeatures features[kDecodeStages + 1];  // x, z, h, w, y
+  const void *up_bias, *gate_bias, *down_bias;
+  Activation activation;
+  int tokens, width, rank, rank_out;
+  bool gated, identity;
+
+  uint64_t* flags;  // [kDecodeBarriers][grid size], any content
+  uint64_t nonce;   // never the same in two calls
+  int blocks;       // grid size
+  int slots;        // of each warp's ring in shared memory, 3 at least
+};
+
+FIPS_INLINE FIPS_HOST_DEVICE int matrices_of(const DecodeTask& task, int stage) {
+  return stage == kHiddenStage && task.gated ? 2 : 1;
+}
+
+// Matrix `which` (1: the gate) of a stage, as an index into DecodeTask::matrix.
+FIPS_INLINE FIPS_HOST_DEVICE int matrix_of(int stage, int which) {
+  return stage <= kHiddenStage ? stage + which : stage + 1;
+}
+
+FIPS_INLINE FIPS_HOST_DEVICE int64_t tiles_of(const DecodeTask& task, int stage) {
+  return ceil_div(task.matrix[matrix_of(stage, 0)].out_features, kDecodeOut);
+}
+
+// The task but for flags, nonce, blocks, slots and the workspace's features. Throws for arguments
+// that cannot be run.
+DecodeTask make_decode_task(const SharedMlpDecodeParams& params);
+
+// Where z, h and w lie in the workspace, behind the flags.
+struct DecodeWorkspace {
+  int64_t features_at[kDecodeStages + 1];  // z, h and w in bytes; the others unused
+  int64_t bytes;
+};
+DecodeWorkspace plan_workspace(const DecodeTask& task, int blocks, int64_t element_bytes);
+
+}  // namespace fips::cuda
