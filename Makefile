@@ -68,7 +68,7 @@ asan-test: $(VENV)/.tools | gtest
 	ctest --preset asan
 
 python-test: $(VENV)/.installed $(VENV)/.demo-data
-	$(BIN)/python -m pytest
+	FIPS_EMULATED_LIBRARY=$(CURDIR)/$(BUILD)/tests/cpp/fips_emulated.so $(BIN)/python -m pytest
 
 clean:
 	rm -rf build demo-out $(VENV)

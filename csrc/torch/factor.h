@@ -1,19 +1,18 @@
-// A slice on the CPU and its three products, each by the path that the planner chooses.
+// A slice and its three products, each by the path that the device's planner chooses.
 #pragma once
 
 #include <optional>
 #include <utility>
 
-#include "core/planner.h"
-#include "kernels/activation.h"
-#include "torch/tensor_utils.h"
+#include "torch/device.h"
 
 namespace fips {
 
 class Factor {
  public:
-  // `name` is the argument's name in messages.
-  Factor(Slice slice, const char* name) : slice_(std::move(slice)), name_(name) {
+  // `name` is the argument's name in messages; `device` outlives the factor.
+  Factor(const Device& device, Slice slice, const char* name)
+      : device_(device), slice_(std::move(slice)), name_(name) {
     check_sizes(slice_.view, name);
   }
 
@@ -30,7 +29,7 @@ class Factor {
   // of their time on it, and their kernels are safe with any index.
   void verify() const;
 
-  // x V + bias or x V^T + bias, for x [tokens, features] contiguous.
+  // x V + bias or x V^T + bias, for x [tokens, features] with contiguous features.
   Tensor mm(const Tensor& x, bool transpose,
             const std::optional<Tensor>& bias = std::nullopt) const;
 
@@ -39,7 +38,8 @@ class Factor {
   Tensor mm_activated(const Tensor& x, const std::optional<Tensor>& bias, const Factor* gate,
                       const std::optional<Tensor>& gate_bias, Activation activation) const;
 
-  // sums += a^T b on the stored slots; sums has the shape of the values, in the accumulator type.
+  // sums += a^T b on the stored slots, for contiguous a and b; sums has the shape of the values, in
+  // the accumulator type.
   void add_sddmm(const Tensor& a, const Tensor& b, const Tensor& sums) const;
 
  private:
@@ -48,6 +48,7 @@ class Factor {
   Tensor run(const Tensor& x, bool transpose, const std::optional<Tensor>& bias, const Factor* gate,
              const std::optional<Tensor>& gate_bias, Activation activation) const;
 
+  const Device& device_;
   Slice slice_;
   const char* name_;
   mutable bool verified_ = false;

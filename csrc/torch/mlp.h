@@ -1,8 +1,7 @@
-// The MLP on shared factors, on the CPU: forward and backward over a range of tokens. shared_mlp
+// The MLP on shared factors: forward and backward over a range of tokens. shared_mlp
 // and reconstruction_loss are thin wrappers around this class.
 #pragma once
 
-#include "kernels/activation.h"
 #include "torch/factor.h"
 
 namespace fips {
@@ -14,9 +13,10 @@ struct MlpGradients {
 
 class Mlp {
  public:
-  // Validates everything; `x` fixes dtype and device.
-  Mlp(const Tensor& x, const Tensor& base, const std::optional<Tensor>& base_out,
-      const TensorList& up, const std::optional<TensorList>& gate, const TensorList& down,
+  // Validates everything; `x` fixes the dtype, `device` is its device and outlives the MLP.
+  Mlp(const Device& device, const Tensor& x, const Tensor& base,
+      const std::optional<Tensor>& base_out, const TensorList& up,
+      const std::optional<TensorList>& gate, const TensorList& down,
       const std::optional<Tensor>& up_bias, const std::optional<Tensor>& gate_bias,
       const std::optional<Tensor>& down_bias, int64_t hidden, const std::string& activation,
       bool identity);
@@ -51,9 +51,12 @@ class Mlp {
     std::optional<Tensor> gate;  // [t, n]
   };
   const Tensor& out_base() const { return base_out_.has_value() ? *base_out_ : base_; }
+  void add_product(const Tensor& sums, const Tensor& a, const Tensor& b) const;
+  void add_columns(const std::optional<Tensor>& sums, const Tensor& matrix) const;
   Tensor project_in(const Tensor& x, const Tensor& base) const;
   Hidden pre_activations(const Tensor& x) const;
 
+  const Device& device_;
   int64_t width_;
   bool identity_;
   Activation activation_;

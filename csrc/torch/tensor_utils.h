@@ -101,6 +101,18 @@ inline Tensor flatten_tokens(const Tensor& t) {
   return contiguous_of(torch::stable::reshape(t, {tokens, features}));
 }
 
+// [..., features] as [tokens, features] with contiguous features: a view wherever the strides allow
+// it.
+inline Tensor token_rows(const Tensor& t) {
+  const int64_t features = t.size(t.dim() - 1);
+  int64_t tokens = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) {
+    tokens *= t.size(i);
+  }
+  const Tensor rows = t.dim() == 2 ? t : torch::stable::reshape(t, {tokens, features});
+  return features <= 1 || rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
+}
+
 // The shape of `t` with another last dimension.
 inline std::vector<int64_t> with_last_dim(const Tensor& t, int64_t features) {
   std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
@@ -243,16 +255,6 @@ inline Tensor expect_contiguous(const Tensor& t, ScalarType dtype) {
              torch::headeronly::toString(t.scalar_type()), " instead of ",
              torch::headeronly::toString(dtype), "; please report this");
   return contiguous_of(t);
-}
-
-// a^T b for a gradient sum. float16 is multiplied in float32: a sum over thousands of tokens can
-// leave its range. bfloat16 cannot overflow, and its product is rounded once per chunk of tokens.
-inline Tensor token_sum(const Tensor& a, const Tensor& b) {
-  const ScalarType type = a.scalar_type() == ScalarType::Half ? ScalarType::Float : a.scalar_type();
-  return expect_contiguous(
-      torch::stable::matmul(torch::stable::transpose(torch::stable::to(a, type), -2, -1),
-                            torch::stable::to(b, type)),
-      type);
 }
 
 inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, -2, -1); }

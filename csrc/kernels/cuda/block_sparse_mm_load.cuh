@@ -8,7 +8,7 @@
 #pragma once
 
 #include "kernels/cuda/block_sparse_mm_task.h"
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/slice.cuh"
 
 namespace fips::cuda {
 
@@ -111,15 +111,6 @@ FIPS_DEVICE void stage_w_block(const MmTask& task, const MmTile& tile, int step,
 // ---- `bitmap` encoding
 // ---------------------------------------------------------------------------
 
-FIPS_DEVICE uint32_t load_mask_word(const MmTask& task, int id, int word) {
-  const uint8_t* source = task.mask + int64_t{id} * (task.slots / 8) + word * 4;
-  if (task.wide_mask) {
-    return *reinterpret_cast<const uint32_t*>(source);
-  }
-  return source[0] | uint32_t{source[1]} << 8 | uint32_t{source[2]} << 16 |
-         uint32_t{source[3]} << 24;
-}
-
 // Where slot (j, k) of a block whose first reduction position in this stage is `shift_in` belongs
 // in the w tile; -1 when the slot lies outside the stage.
 template <class Config>
@@ -134,35 +125,19 @@ FIPS_DEVICE int slot_offset(int j, int k, int shift_in) {
          (column % Config::kChunk) * static_cast<int>(sizeof(T));
 }
 
-// One warp expands up to 32 mask words (32 slots each) of stored block `id`, from `first_word` on.
-// A word is one step of the warp, a slot one lane: a lane finds its value by counting the ones
-// before its own.
+// One warp expands up to 32 mask words of stored block `id`, from `first_word` on.
 template <class Config>
 FIPS_DEVICE void expand_words(const MmTask& task, int id, int first_word, int words, int shift_in,
                               unsigned char* w_tile) {
   using T = typename Config::Element;
-  const int lane = lane_index();
-  uint32_t before = 0;
-  for (int word = lane; id >= 0 && word < first_word; word += kWarpSize) {
-    before += popcount(load_mask_word(task, id, word));
-  }
-  const uint32_t mine = id >= 0 && lane < words ? load_mask_word(task, id, first_word + lane) : 0;
-  const uint32_t start = warp_sum(before) + warp_exclusive_sum(popcount(mine));
-  const int64_t base = id >= 0 ? task.value_ptr[id] : 0;
-  const T* values = static_cast<const T*>(task.values);
-  FIPS_UNROLL_BY(4)
-  for (int word = 0; word < words; ++word) {
-    const uint32_t bits = shuffle(mine, word);
-    const int64_t index = base + shuffle(start, word) + popcount(bits & ((1u << lane) - 1u));
-    const int slot = (first_word + word) * 32 + lane;
+  const T* values = static_cast<const T*>(task.bitmap.values);
+  walk_slots(task.bitmap, id, first_word, words, [&](int slot, int64_t index) {
     const int offset =
         slot_offset<Config>(slot >> task.k_shift, slot & ((1 << task.k_shift) - 1), shift_in);
-    // A mask and value_ptr that disagree must not lead out of the values.
-    const bool stored = (bits >> lane & 1u) != 0 && index >= 0 && index < task.num_values;
     if (offset >= 0) {
-      *reinterpret_cast<T*>(w_tile + offset) = stored ? values[index] : T{};
+      *reinterpret_cast<T*>(w_tile + offset) = index >= 0 ? values[index] : T{};
     }
-  }
+  });
 }
 
 template <class Config, int kThreads>

@@ -6,7 +6,7 @@
 
 #include "core/check.h"
 #include "kernels/block_sparse_mm.h"
-#include "kernels/cuda/indexing.h"
+#include "kernels/cuda/bitmap_slice.h"
 
 namespace fips::cuda {
 
@@ -26,26 +26,12 @@ struct MmTask {
   int reduce_shift;  // log2 of the block edge along the reduction
   int k_shift;       // log2 of bk, the contiguous edge of a stored block
 
-  const void* values;        // `block`: [num_blocks, bn, bk]; `bitmap`: [num_values]
-  const uint8_t* mask;       // `bitmap`: [num_blocks, bn, bk / 8]
-  const int32_t* value_ptr;  // `bitmap`: [num_blocks + 1]
-  int64_t num_values;
-  int slots;  // per stored block
+  const void* values;  // `block`: [num_blocks, bn, bk]
+  int slots;           // per stored block
+  BitmapSlice bitmap;  // `bitmap`
 
-  bool wide_x, wide_values, wide_mask, wide_out;  // 16-byte accesses (mask: 4) are aligned
+  bool wide_x, wide_values, wide_out;  // 16-byte accesses are aligned
 };
-
-inline int log2_of_edge(int32_t edge) {
-  int shift = 0;
-  while ((int32_t{1} << shift) < edge) {
-    ++shift;
-  }
-  return shift;
-}
-
-inline bool is_aligned(const void* pointer, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
-}
 
 inline MmTask make_task(const BlockSparseMmParams& params) {
   const BlockSparseView& v = params.v;
@@ -73,13 +59,10 @@ inline MmTask make_task(const BlockSparseMmParams& params) {
   task.reduce_shift = log2_of_edge(transpose ? v.bn : v.bk);
   task.k_shift = log2_of_edge(v.bk);
   task.values = v.values;
-  task.mask = v.mask;
-  task.value_ptr = v.block_ptr;
-  task.num_values = v.num_values;
   task.slots = static_cast<int>(v.slots());
+  task.bitmap = make_bitmap(v);
   task.wide_x = is_aligned(params.x, 16) && params.x_stride * element % 16 == 0;
   task.wide_values = is_aligned(v.values, 16);
-  task.wide_mask = is_aligned(v.mask, 4);
   task.wide_out = is_aligned(params.out, 16) && params.out_stride * element % 16 == 0;
   return task;
 }

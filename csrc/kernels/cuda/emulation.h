@@ -387,6 +387,19 @@ FIPS_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) {
   emulation::ldmatrix(r, row, true);
 }
 
+FIPS_DEVICE uint32_t movmatrix_transposed(uint32_t value) {
+  auto* block = emulation::Block::current();
+  const auto rows =
+      block->exchange(value);  // lane l holds row l / 4, columns 2 (l % 4) and one more
+  const int row = block->thread % emulation::kLanes / 4;
+  uint32_t result = 0;
+  for (int i = 0; i < 2; ++i) {
+    const int column = block->thread % 4 * 2 + i;
+    result |= uint32_t{emulation::half_of(rows[column * 4 + row / 2], row % 2)} << (16 * i);
+  }
+  return result;
+}
+
 template <class T>
 FIPS_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   auto* block = emulation::Block::current();

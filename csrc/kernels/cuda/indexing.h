@@ -13,6 +13,18 @@ inline constexpr int kWarpSize = 32;
 inline constexpr int kChunkBytes = 16;   // the widest access of one thread, and of cp.async
 inline constexpr int kStageBytes = 128;  // bytes along the reduction that one pipeline stage covers
 
+FIPS_INLINE FIPS_HOST_DEVICE int log2_of_edge(int32_t edge) {
+  int shift = 0;
+  while ((int32_t{1} << shift) < edge) {
+    ++shift;
+  }
+  return shift;
+}
+
+inline bool is_aligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
+}
+
 // ---- shared memory
 // -------------------------------------------------------------------------------
 
@@ -39,6 +51,11 @@ struct Coord {
 // Which 8x8 row of a 16x16 row-major A tile lane `lane` addresses in ldmatrix.x4: {row, 16-byte
 // chunk}.
 FIPS_INLINE FIPS_HOST_DEVICE Coord ldmatrix_a(int lane) { return {lane & 15, lane >> 4}; }
+
+// The same for A stored [k][row]; transposing ldmatrix.x4: {k, row chunk}.
+FIPS_INLINE FIPS_HOST_DEVICE Coord ldmatrix_a_transposed(int lane) {
+  return {(lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1};
+}
 
 // The same for B (16 k x 16 n, two mma's worth) stored [n][k]; non-transposing ldmatrix.x4: {n, k
 // chunk}.

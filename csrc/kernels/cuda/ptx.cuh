@@ -108,6 +108,13 @@ FIPS_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) {
                : "memory");
 }
 
+// The transpose of an 8x8 matrix of 16-bit elements spread over the warp, two elements a lane.
+FIPS_DEVICE uint32_t movmatrix_transposed(uint32_t value) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(result) : "r"(value));
+  return result;
+}
+
 // d += a * b for a 16x16 (row-major), b 16x8 (column-major) and d 16x8, spread over the warp.
 template <class T>
 FIPS_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

@@ -1,17 +1,14 @@
-#include <functional>
+#include "torch/mlp.h"
 
 #include "kernels/block_sparse_mm.h"
 #include "kernels/reduce.h"
 #include "kernels/skinny_mm.h"
-#include "torch/mlp.h"
 #include "torch/scratch.h"
 
 namespace fips {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kChunkElements = int64_t{4} << 20;  // of one [tokens, hidden] activation
 
 Tensor checked_base(const Tensor& base, const Tensor& x, const char* name) {
   check_like(base, x, name);
@@ -33,44 +30,30 @@ OptionalTensor optional_contiguous(const OptionalTensor& t) {
   return t.has_value() ? OptionalTensor(contiguous_of(*t)) : std::nullopt;
 }
 
-void add_product(const Tensor& sums, const Tensor& a, const Tensor& b) {
-  if (sums.numel() == 0) {
-    return;
-  }
-  const Tensor product = token_sum(a, b);
-  cpu::add_into(sums.mutable_data_ptr(), product.const_data_ptr(), dtype_of(product, "product"),
-                product.numel(), kTorchThreads);
-}
-
-void add_columns(const OptionalTensor& sums, const Tensor& matrix, DType dtype) {
-  if (sums.has_value()) {
-    cpu::add_column_sums(sums->mutable_data_ptr(), matrix.const_data_ptr(), dtype, matrix.size(0),
-                         matrix.size(1), kTorchThreads);
-  }
-}
-
 }  // namespace
 
-Mlp::Mlp(const Tensor& x, const Tensor& base, const OptionalTensor& base_out, const TensorList& up,
-         const std::optional<TensorList>& gate, const TensorList& down,
+Mlp::Mlp(const Device& device, const Tensor& x, const Tensor& base, const OptionalTensor& base_out,
+         const TensorList& up, const std::optional<TensorList>& gate, const TensorList& down,
          const OptionalTensor& up_bias, const OptionalTensor& gate_bias,
          const OptionalTensor& down_bias, int64_t hidden, const std::string& activation,
          bool identity)
-    : width_(last_dim(x, "x")),
+    : device_(device),
+      width_(last_dim(x, "x")),
       identity_(identity),
       activation_(parse_activation(activation)),
       base_(checked_base(base, x, "base")),
       base_out_(base_out.has_value() ? OptionalTensor(checked_base(*base_out, x, "base_out"))
                                      : std::nullopt),
-      up_(slice_of(up, slice_rows(base, identity), hidden, x, "up"), "up"),
-      down_(slice_of(down, slice_rows(base_out.has_value() ? *base_out : base, identity), hidden, x,
+      up_(device, slice_of(up, slice_rows(base, identity), hidden, x, "up"), "up"),
+      down_(device,
+            slice_of(down, slice_rows(base_out.has_value() ? *base_out : base, identity), hidden, x,
                      "down"),
             "down"),
       up_bias_(optional_contiguous(up_bias)),
       gate_bias_(optional_contiguous(gate_bias)),
       down_bias_(optional_contiguous(down_bias)) {
   if (gate.has_value()) {
-    gate_.emplace(slice_of(*gate, slice_rows(base, identity), hidden, x, "gate"), "gate");
+    gate_.emplace(device, slice_of(*gate, slice_rows(base, identity), hidden, x, "gate"), "gate");
   }
   FIPS_CHECK(gate.has_value() || !gate_bias.has_value(),
              "gate_bias: given without gate; leave it None");
@@ -79,8 +62,18 @@ Mlp::Mlp(const Tensor& x, const Tensor& base, const OptionalTensor& base_out, co
   check_vector(down_bias, width_, x, "down_bias");
 }
 
-int64_t Mlp::chunk_tokens() const {
-  return max_of(128, min_of(2048, kChunkElements / max_of(1, up_.view().cols)));
+int64_t Mlp::chunk_tokens() const { return device_.chunk_tokens(up_.view().cols); }
+
+void Mlp::add_product(const Tensor& sums, const Tensor& a, const Tensor& b) const {
+  if (sums.numel() > 0) {
+    device_.add_into(sums, device_.token_sum(a, b));
+  }
+}
+
+void Mlp::add_columns(const OptionalTensor& sums, const Tensor& matrix) const {
+  if (sums.has_value()) {
+    device_.add_column_sums(*sums, matrix);
+  }
 }
 
 Tensor Mlp::project_in(const Tensor& x, const Tensor& base) const {
@@ -120,7 +113,8 @@ Tensor Mlp::forward(const Tensor& x) const {
 }
 
 bool Mlp::is_few(int64_t tokens) const {
-  return tokens > 0 && tokens <= cpu::kFewTokens && (!gate_.has_value() || up_.is_like(*gate_));
+  return tokens > 0 && tokens <= device_.few_tokens() &&
+         (!gate_.has_value() || up_.is_like(*gate_));
 }
 
 void Mlp::forward_few(const void* x, int64_t tokens, void* y) const {
@@ -227,7 +221,7 @@ OptionalTensor Mlp::backward(const Tensor& grad_y, const Tensor& x, const MlpGra
   const Tensor& base = out_base();
   const int64_t rank = base_.size(1), rank_out = base.size(1);
 
-  add_columns(sums.down_bias, grad_y, dtype());
+  add_columns(sums.down_bias, grad_y);
   const Tensor dw = project_in(grad_y, base);
   const Tensor dh = down_.mm(dw, false);
 
@@ -241,7 +235,7 @@ OptionalTensor Mlp::backward(const Tensor& grad_y, const Tensor& x, const MlpGra
   p.gate = hidden.gate.has_value() ? hidden.gate->mutable_data_ptr() : nullptr;
   p.grad_h = dh.const_data_ptr();
   p.h = h.mutable_data_ptr();
-  cpu::activation_backward(p, kTorchThreads);
+  device_.activation_backward(p);
 
   down_.add_sddmm(dw, h, *sums.down);
   if (rank_out > 0) {
@@ -251,11 +245,11 @@ OptionalTensor Mlp::backward(const Tensor& grad_y, const Tensor& x, const MlpGra
   }
 
   up_.add_sddmm(hidden.z, hidden.up, *sums.up);
-  add_columns(sums.up_bias, hidden.up, dtype());
+  add_columns(sums.up_bias, hidden.up);
   Tensor dz = up_.mm(hidden.up, true);
   if (gate_.has_value()) {
     gate_->add_sddmm(hidden.z, *hidden.gate, *sums.gate);
-    add_columns(sums.gate_bias, *hidden.gate, dtype());
+    add_columns(sums.gate_bias, *hidden.gate);
     dz = torch::stable::subtract(dz, gate_->mm(*hidden.gate, true), -1.0);
   }
   const Tensor dz_base = columns(dz, 0, rank);
@@ -285,140 +279,10 @@ std::vector<Tensor> Mlp::finish(const MlpGradients& sums, double scale, DType dt
     const Tensor& t = **sum;
     Tensor gradient =
         make_empty(like, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()), type);
-    cpu::scale_into(gradient.mutable_data_ptr(), t.const_data_ptr(), scale, dtype, t.numel(),
-                    kTorchThreads);
+    device_.scale_into(gradient, t, scale);
     gradients.push_back(gradient);
   }
   return gradients;
 }
 
-namespace {
-
-// Calls body(first, count) for chunks of tokens.
-template <class F>
-void for_each_chunk(int64_t tokens, int64_t chunk, const F& body) {
-  for (int64_t first = 0; first < tokens; first += chunk) {
-    body(first, min_of(chunk, tokens - first));
-  }
-}
-
-Tensor token_rows(const Tensor& t, int64_t first, int64_t count) {
-  Tensor base = t;
-  return torch::stable::narrow(base, 0, first, count);
-}
-
-void copy_rows_into(const Tensor& all, int64_t first, const Tensor& part) {
-  Tensor target = token_rows(all, first, part.size(0));
-  torch::stable::copy_(target, part);
-}
-
-Tensor shared_mlp(const Tensor& x, const Tensor& base, const OptionalTensor& base_out,
-                  const TensorList& up, const std::optional<TensorList>& gate,
-                  const TensorList& down, const OptionalTensor& up_bias,
-                  const OptionalTensor& gate_bias, const OptionalTensor& down_bias, int64_t hidden,
-                  std::string activation, bool identity) {
-  const Mlp mlp(x, base, base_out, up, gate, down, up_bias, gate_bias, down_bias, hidden,
-                activation, identity);
-  const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  if (mlp.is_few(x.numel() / max_of(1, mlp.width()))) {
-    const Tensor rows = contiguous_of(x), y = make_empty(x, shape);
-    mlp.forward_few(rows.const_data_ptr(), x.numel() / mlp.width(), y.mutable_data_ptr());
-    return y;
-  }
-  const Tensor tokens = flatten_tokens(x);
-  if (tokens.size(0) <= mlp.chunk_tokens()) {
-    return torch::stable::reshape(mlp.forward(tokens), shape);
-  }
-  const Tensor y = make_empty(tokens, {tokens.size(0), mlp.width()});
-  for_each_chunk(tokens.size(0), mlp.chunk_tokens(), [&](int64_t first, int64_t count) {
-    copy_rows_into(y, first, mlp.forward(token_rows(tokens, first, count)));
-  });
-  return torch::stable::reshape(y, shape);
-}
-
-using NineTensors =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-NineTensors with_gradients(const Tensor& first, const std::vector<Tensor>& g) {
-  return {first, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
-}
-
-NineTensors shared_mlp_backward(const Tensor& grad_y, const Tensor& x, const Tensor& base,
-                                const OptionalTensor& base_out, const TensorList& up,
-                                const std::optional<TensorList>& gate, const TensorList& down,
-                                const OptionalTensor& up_bias, const OptionalTensor& gate_bias,
-                                const OptionalTensor& down_bias, int64_t hidden,
-                                std::string activation, bool identity) {
-  const Mlp mlp(x, base, base_out, up, gate, down, up_bias, gate_bias, down_bias, hidden,
-                activation, identity);
-  check_like(grad_y, x, "grad_y");
-  FIPS_CHECK(shape_of(grad_y) == shape_of(x), "grad_y: shape is ", shape_of(grad_y),
-             "; expected that of x, ", shape_of(x));
-  const Tensor tokens = flatten_tokens(x), grads = flatten_tokens(grad_y);
-  const MlpGradients sums = mlp.zero_gradients(x);
-  const Tensor dx = make_empty(tokens, {tokens.size(0), mlp.width()});
-  for_each_chunk(tokens.size(0), mlp.chunk_tokens(), [&](int64_t first, int64_t count) {
-    copy_rows_into(dx, first,
-                   *mlp.backward(token_rows(grads, first, count), token_rows(tokens, first, count),
-                                 sums, true));
-  });
-  const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  return with_gradients(torch::stable::reshape(dx, shape), mlp.finish(sums, 1.0, mlp.dtype(), x));
-}
-
-NineTensors reconstruction_loss(const Tensor& x, const Tensor& target,
-                                const OptionalTensor& token_weight, double scale,
-                                const Tensor& base, const OptionalTensor& base_out,
-                                const TensorList& up, const std::optional<TensorList>& gate,
-                                const TensorList& down, const OptionalTensor& up_bias,
-                                const OptionalTensor& gate_bias, const OptionalTensor& down_bias,
-                                int64_t hidden, std::string activation, bool identity) {
-  const Mlp mlp(x, base, base_out, up, gate, down, up_bias, gate_bias, down_bias, hidden,
-                activation, identity);
-  check_like(target, x, "target");
-  FIPS_CHECK(shape_of(target) == shape_of(x), "target: shape is ", shape_of(target),
-             "; expected that of x, ", shape_of(x));
-  const Tensor tokens = flatten_tokens(x), wanted = flatten_tokens(target);
-  TensorList weight;
-  if (token_weight.has_value()) {
-    check_same_device(*token_weight, x, "token_weight");
-    FIPS_CHECK(
-        token_weight->scalar_type() == ScalarType::Float && token_weight->numel() == tokens.size(0),
-        "token_weight: expected float32 with one entry for each of the ", tokens.size(0),
-        " tokens, got ", torch::headeronly::toString(token_weight->scalar_type()), " ",
-        shape_of(*token_weight));
-    weight.push_back(contiguous_of(*token_weight));
-  }
-  const MlpGradients sums = mlp.zero_gradients(x);
-  double loss = 0;
-  for_each_chunk(tokens.size(0), mlp.chunk_tokens(), [&](int64_t first, int64_t count) {
-    const Tensor rows = token_rows(tokens, first, count);
-    const Tensor residual = expect_contiguous(mlp.forward(rows), x.scalar_type());
-    const float* row_weight =
-        weight.empty() ? nullptr : static_cast<const float*>(weight[0].const_data_ptr()) + first;
-    loss += cpu::weighted_residual(residual.mutable_data_ptr(),
-                                   token_rows(wanted, first, count).const_data_ptr(), row_weight,
-                                   mlp.dtype(), count, mlp.width(), kTorchThreads);
-    // The residual goes back unscaled: 2 * scale would underflow in float16.
-    mlp.backward(residual, rows, sums, false);
-  });
-  Tensor result = make_empty(x, {}, accumulator_type(mlp.dtype()));
-  if (mlp.dtype() == DType::kFloat64) {
-    *static_cast<double*>(result.mutable_data_ptr()) = scale * loss;
-  } else {
-    *static_cast<float*>(result.mutable_data_ptr()) = static_cast<float>(scale * loss);
-  }
-  // Gradients stay in the accumulator type: a normalised loss has a tiny scale, which float16 could
-  // not hold.
-  const DType sum_type = mlp.dtype() == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  return with_gradients(result, mlp.finish(sums, 2.0 * scale, sum_type, x));
-}
-
-}  // namespace
 }  // namespace fips
-
-STABLE_TORCH_LIBRARY_IMPL(fips, CPU, m) {
-  m.impl("shared_mlp", TORCH_BOX(&fips::shared_mlp));
-  m.impl("shared_mlp_backward", TORCH_BOX(&fips::shared_mlp_backward));
-  m.impl("reconstruction_loss", TORCH_BOX(&fips::reconstruction_loss));
-}

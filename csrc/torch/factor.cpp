@@ -1,8 +1,4 @@
-#include "kernels/block_sparse_mm.h"
-#include "kernels/block_sparse_sddmm.h"
-#include "kernels/dense_fill.h"
 #include "torch/factor.h"
-#include "torch/scratch.h"
 
 namespace fips {
 namespace {
@@ -15,7 +11,7 @@ constexpr int64_t kVerifiedTokens = 32;  // from here on, validating the index i
 
 void Factor::verify() const {
   if (!verified_) {
-    check_view(view(), name_);
+    device_.check_index(view(), name_);
     verified_ = true;
   }
 }
@@ -24,7 +20,7 @@ const Tensor& Factor::dense_transposed() const {
   if (!dense_.has_value()) {
     verify();  // the filling follows the index
     Tensor dense = make_empty(values(), {view().cols, view().rows});
-    cpu::fill_dense_transposed(view(), dense.mutable_data_ptr(), kTorchThreads);
+    device_.fill_dense_transposed(view(), dense);
     dense_ = dense;
   }
   return *dense_;
@@ -34,7 +30,7 @@ bool Factor::is_sparse(int64_t tokens) const {
   if (tokens >= kVerifiedTokens) {
     verify();
   }
-  return choose_mm_path(mm_shape(view(), tokens)) == MmPath::kSparse;
+  return device_.mm_path(mm_shape(view(), tokens)) == MmPath::kSparse;
 }
 
 Tensor Factor::run(const Tensor& x, bool transpose, const OptionalTensor& bias, const Factor* gate,
@@ -53,7 +49,7 @@ Tensor Factor::run(const Tensor& x, bool transpose, const OptionalTensor& bias, 
     return keep_alive.back().const_data_ptr();
   };
   p.x = x.const_data_ptr();
-  p.x_stride = p.in_features();
+  p.x_stride = x.stride(0);
   p.bias = pointer(bias);
   p.out = out.mutable_data_ptr();
   p.out_stride = p.out_features();
@@ -63,9 +59,7 @@ Tensor Factor::run(const Tensor& x, bool transpose, const OptionalTensor& bias, 
     epilogue.gate = &gate->view();
     epilogue.gate_bias = pointer(gate_bias);
   }
-  // Fresh memory of this size would be mapped and zeroed page by page at every call.
-  char* workspace = thread_scratch(cpu::block_sparse_mm_workspace(p, epilogue, kTorchThreads));
-  if (!cpu::block_sparse_mm(p, epilogue, workspace, kTorchThreads)) {
+  if (!device_.block_sparse_mm(p, epilogue)) {
     verify();
     if (gate != nullptr) {
       gate->verify();
@@ -99,22 +93,22 @@ Tensor Factor::mm_activated(const Tensor& x, const OptionalTensor& bias, const F
     gated = gate->mm(x, false, gate_bias);
     p.gate = gated.mutable_data_ptr();
   }
-  cpu::activation_forward(p, kTorchThreads);
+  device_.activation_forward(p);
   return up;
 }
 
 void Factor::add_sddmm(const Tensor& a, const Tensor& b, const Tensor& sums) const {
   verify();
   const int64_t tokens = a.size(0);
-  if (choose_sddmm_path(mm_shape(view(), tokens)) == MmPath::kDensified) {
-    const Tensor dense = token_sum(b, a);  // [n, r]
+  if (device_.sddmm_path(mm_shape(view(), tokens)) == MmPath::kDensified) {
+    const Tensor dense = device_.token_sum(b, a);  // [n, r]
     GatherParams p;
     p.v = view();
     p.dense = dense.const_data_ptr();
     p.dense_dtype = dtype_of(dense, "product");
     p.out = sums.mutable_data_ptr();
     p.accumulate = true;
-    cpu::gather_stored(p, kTorchThreads);
+    device_.gather_stored(p);
     return;
   }
   BlockSparseSddmmParams p;
@@ -126,7 +120,7 @@ void Factor::add_sddmm(const Tensor& a, const Tensor& b, const Tensor& sums) con
   p.tokens = tokens;
   p.out = sums.mutable_data_ptr();
   p.accumulate = true;
-  cpu::block_sparse_sddmm(p, kTorchThreads);
+  device_.block_sparse_sddmm(p);
 }
 
 }  // namespace fips

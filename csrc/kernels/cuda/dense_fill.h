@@ -1,0 +1,12 @@
+// CUDA implementation of kernels/dense_fill.h, for float32, bfloat16 and float16.
+#pragma once
+
+#include "kernels/cuda/stream.h"
+#include "kernels/dense_fill.h"
+
+namespace fips::cuda {
+
+void fill_dense_transposed(const BlockSparseView& v, void* out, Stream stream);
+void gather_stored(const GatherParams& params, Stream stream);
+
+}  // namespace fips::cuda
