@@ -451,6 +451,27 @@ TEST(CudaDecode, AnyNumberOfMultiprocessors) {
   }
 }
 
+// Few outputs and long reductions: shares of a tile meet across blocks, in every stage.
+TEST(CudaDecode, SharesOfTheReduction) {
+  for (const bool bitmap : {false, true}) {
+    Case c = with_blocks({64, 64}, {16, 64}, {64, 64});
+    c.width = 64;
+    c.rank = 700;
+    c.hidden = 128;
+    c.own_base_out = true;
+    c.rank_out = 1400;
+    c.gated = true;
+    c.density = 1.0;
+    c.sm_count = 9;
+    c.tokens = bitmap ? 2 : 11;
+    c = bitmap ? all_bitmap(c) : c;
+    const DecodeTask task = make_decode_task(Problem<BFloat16>(c).params(), c.sm_count);
+    EXPECT_GT(task.split[kDecodeStages - 1].shares, 1);
+    expect_right<BFloat16>(c, true);
+    expect_right<float>(c, true);
+  }
+}
+
 TEST(CudaDecode, EmptySlices) {
   for (const bool bitmap : {false, true}) {
     Case c;
@@ -560,19 +581,59 @@ TEST(CudaDecode, RefusesWhatItCannotRun) {
 // ---- index maps
 // ----------------------------------------------------------------------------------
 
-TEST(CudaDecodeLayout, TilesOfAllBlocksCoverTheStageEvenly) {
-  for (const int64_t tiles : {0, 1, 5, 131, 132, 133, 896, 100000}) {
+TEST(CudaDecodeLayout, UnitsOfAllBlocksCoverTheStageEvenly) {
+  for (const int64_t units : {0, 1, 5, 131, 132, 133, 896, 100000}) {
     for (const int64_t blocks : {1, 3, 132}) {
       int64_t end = 0;
       for (int64_t block = 0; block < blocks; ++block) {
-        const TileRange range = decode_tiles(tiles, block, blocks);
-        EXPECT_EQ(range.begin, end);
-        end = range.end;
-        EXPECT_LE(std::abs((range.end - range.begin) * blocks - tiles), blocks);
+        const WorkRange range = units_of(units, block, blocks);
+        if (units <= blocks && range.begin < range.end) {
+          EXPECT_EQ(range.begin, block) << "shares find each other by their block";
+        }
+        if (range.begin < range.end) {
+          EXPECT_EQ(range.begin, end);
+          end = range.end;
+        }
+        EXPECT_LE(std::abs((range.end - range.begin) * blocks - units), blocks);
       }
-      EXPECT_EQ(end, tiles);
+      EXPECT_EQ(end, units);
     }
   }
+}
+
+TEST(CudaDecodeLayout, SharesCoverTheReduction) {
+  for (const int steps : {0, 1, 7, 100}) {
+    for (const int shares : {1, 3, 8}) {
+      int end = 0;
+      for (int share = 0; share < shares; ++share) {
+        const WorkRange range = steps_of(steps, share, shares);
+        EXPECT_EQ(range.begin, end);
+        end = range.end;
+      }
+      EXPECT_EQ(end, steps);
+    }
+  }
+}
+
+TEST(CudaDecodeLayout, SplitsFillTheDeviceButNeverShareABlock) {
+  for (const int64_t outputs : {0, 5, 64, 384, 1152, 2048, 4096, 14336, 28672}) {
+    for (const int widest : {16, 32, 64}) {
+      for (const int64_t steps : {0, 8, 64, 500}) {
+        for (const int64_t blocks : {1, 3, 132}) {
+          const StageSplit split = choose_split(outputs, widest, steps, blocks);
+          EXPECT_LE(split.out_tile, widest);
+          EXPECT_GE(split.out_tile, 16);
+          EXPECT_EQ(split.units, ceil_div(outputs, split.out_tile) * split.shares);
+          EXPECT_TRUE(split.shares == 1 || split.units <= blocks);
+          EXPECT_TRUE(split.shares == 1 || split.shares * kDecodeWarps <= steps);
+        }
+      }
+    }
+  }
+  // Llama-3-8B on 132 multiprocessors: z = x U, w = h V^T and y = w U^T on nearly all of them.
+  EXPECT_EQ(choose_split(2048, 64, 128, 132).units, 128);
+  EXPECT_EQ(choose_split(2048, 64, 112, 132).units, 128);
+  EXPECT_EQ(choose_split(4096, 32, 32, 132).units, 128);
 }
 
 TEST(CudaDecodeLayout, WarpsTakeStepsInTurn) {
@@ -600,7 +661,7 @@ void expect_bijection(int rows, int chunks, const Offset& offset) {
   for (int row = 0; row < rows; ++row) {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       EXPECT_EQ(offset(row, chunk) % kChunkBytes, 0);
-      EXPECT_LT(offset(row, chunk), kDecodeStepBytes);
+      EXPECT_LT(offset(row, chunk), rows * chunks * kChunkBytes);
       offsets.insert(offset(row, chunk));
     }
   }
@@ -616,35 +677,41 @@ void expect_no_conflict(const std::vector<int>& offsets) {
   EXPECT_EQ(groups.size(), 8u);
 }
 
-TEST(CudaDecodeLayout, TilesAreBijections) {
-  expect_bijection(kDecodeOut, 8, row_tile_offset);
-  expect_bijection(64, 2, column_tile_offset<2>);
-  expect_bijection(32, 4, column_tile_offset<4>);
+TEST(CudaDecodeLayout, StepsAreBijections) {
+  expect_bijection(kRowStepOut, 8, row_step_offset);
+  for (const int shift : {1, 2, 3}) {
+    expect_bijection(kColumnStepReduce, 1 << shift, [&](int position, int chunk) {
+      return column_step_offset(position, chunk, shift);
+    });
+  }
 }
 
 TEST(CudaDecodeLayout, ReadsHaveNoBankConflicts) {
-  for (int phase = 0; phase < 4; ++phase) {  // 16-byte reads of 16-bit elements: 8 lanes at a time
-    for (const int span : {0, 1}) {
-      std::vector<int> offsets;
-      for (int lane = phase * 8; lane < phase * 8 + 8; ++lane) {
-        offsets.push_back(row_tile_offset(lane / 4, span * 4 + lane % 4));
+  for (int first = 0; first < 32; first += 8) {  // eight lanes at a time
+    std::vector<int> offsets;
+    for (const int span : {0, 1}) {  // 16-bit elements
+      offsets.clear();
+      for (int lane = first; lane < first + 8; ++lane) {
+        offsets.push_back(row_step_offset(lane / 4, span * 4 + lane % 4));
       }
       expect_no_conflict(offsets);
-      for (const int m : {0, 1}) {
-        offsets.clear();
-        for (int lane = phase * 8; lane < phase * 8 + 8; ++lane) {
-          const Coord at = column_tile_row(lane, m);
-          offsets.push_back(column_tile_offset<2>(span * kDecodeSpan + at.row, at.col));
+    }
+    for (const int m : {0, 1}) {
+      for (const int shift : {1, 2, 3}) {
+        for (int out = 0; out < 1 << shift; out += 2) {
+          offsets.clear();
+          for (int lane = first; lane < first + 8; ++lane) {
+            const Coord at = column_step_row(lane, m);
+            offsets.push_back(column_step_offset(at.row, out + at.col, shift));
+          }
+          expect_no_conflict(offsets);
         }
-        expect_no_conflict(offsets);
       }
     }
-  }
-  for (int chunk = 0; chunk < 8; ++chunk) {  // float32: eight outputs at one chunk
-    for (const int first : {0, 8}) {
-      std::vector<int> offsets;
+    for (int chunk = 0; chunk < 8; ++chunk) {  // float32: eight outputs at one chunk
+      offsets.clear();
       for (int out = first; out < first + 8; ++out) {
-        offsets.push_back(row_tile_offset(out, chunk));
+        offsets.push_back(row_step_offset(out, chunk));
       }
       expect_no_conflict(offsets);
     }
@@ -659,7 +726,7 @@ TEST(CudaDecodeLayout, TransposedFragmentsMatchTheFeatures) {
     for (int q = 0; q < 4; ++q) {
       for (int r = 0; r < 4; ++r) {
         for (int half = 0; half < 2; ++half) {
-          const Coord at = column_tile_row(r * 8 + 2 * q + half, m);
+          const Coord at = column_step_row(r * 8 + 2 * q + half, m);
           EXPECT_EQ(at.row, 8 * q + 2 * (2 * m + r / 2) + half);
           EXPECT_EQ(at.col, r % 2);
         }

@@ -1,33 +1,45 @@
-// A barrier over the blocks of a grid that run at the same time (launch_together).
+// How blocks of a grid that run at the same time (launch_together) wait for each other.
+//
+// A block raises its own flag, flags[b] = nonce, and others poll it: one store and one load away,
+// with no counter that all blocks update in turn. Flags start with any content, since no two calls
+// share a nonce, and are used for one purpose only. A replayed graph repeats its nonce, so flags
+// have to be cleared between their use in two replays: at a point that every block reaches after
+// all polling of this run, or before a barrier of the next run that precedes its polling.
 #pragma once
 
 #include "kernels/cuda/common.cuh"
 
 namespace fips::cuda {
 
-// A block raises its own flag, flags[b] = nonce, and waits for all others: one store and one load
-// away, with no counter that all blocks update in turn. Flags start with any content, since no two
-// calls share a nonce; barriers of one call use different flags. A replayed graph repeats its
-// nonce, so the flags of every barrier have to be cleared between their use in two replays
-// (clear_flag): those of barrier 0 after barrier 1, and those of the others before barrier 0.
-template <int kThreads>
-FIPS_DEVICE void grid_barrier(uint64_t* flags, uint64_t nonce, int blocks) {
+// Publishes what all threads of the block have written.
+FIPS_DEVICE void raise_flag(uint64_t* flags, uint64_t nonce) {
   block_barrier();
   if (thread_index() == 0) {
     store_release(flags + block_index(), nonce);
   }
-  for (int other = thread_index(); other < blocks; other += kThreads) {
-    while (load_acquire(flags + other) != nonce) {
-      spin();
-    }
-  }
-  block_barrier();
 }
 
 FIPS_DEVICE void clear_flag(uint64_t* flags) {
   if (thread_index() == 0) {
     flags[block_index()] = 0;
   }
+}
+
+// Until blocks first ... first + count - 1 have raised theirs.
+template <int kThreads>
+FIPS_DEVICE void wait_for_flags(const uint64_t* flags, uint64_t nonce, int first, int count) {
+  for (int i = thread_index(); i < count; i += kThreads) {
+    while (load_acquire(flags + first + i) != nonce) {
+      spin();
+    }
+  }
+  block_barrier();
+}
+
+template <int kThreads>
+FIPS_DEVICE void grid_barrier(uint64_t* flags, uint64_t nonce, int blocks) {
+  raise_flag(flags, nonce);
+  wait_for_flags<kThreads>(flags, nonce, 0, blocks);
 }
 
 }  // namespace fips::cuda

@@ -2,6 +2,7 @@
 #include <random>
 
 #include "kernels/cuda/device_info.h"
+#include "kernels/cuda/element_type.h"
 #include "kernels/cuda/shared_mlp_decode.h"
 #include "kernels/cuda/shared_mlp_decode_launch.h"
 
@@ -39,50 +40,66 @@ void check_params(const SharedMlpDecodeParams& p) {
   check_slice(p.down, "down", p.rank_out + identity, p.hidden(), p.dtype);
 }
 
-DecodeMatrix dense_matrix(const void* values, int64_t rows, int64_t cols, bool transposed,
+DecodeMatrix dense_matrix(const void* values, int64_t rows, int64_t cols, bool columns,
                           int64_t element) {
   DecodeMatrix m{};
   m.values = values;
-  m.in_features = static_cast<int>(transposed ? rows : cols);
-  m.out_features = static_cast<int>(transposed ? cols : rows);
-  m.transposed = transposed;
+  m.in_features = static_cast<int>(columns ? rows : cols);
+  m.out_features = static_cast<int>(columns ? cols : rows);
+  m.columns = columns;
   m.row_stride = cols;
   m.wide = is_aligned(values, kChunkBytes) && cols * element % kChunkBytes == 0;
   return m;
 }
 
-// `transposed` as in DecodeMatrix: true for h V^T, whose outputs are the contiguous rows of V.
-DecodeMatrix slice_matrix(const BlockSparseView& v, bool transposed) {
+// `columns`: for h V^T, whose outputs are the contiguous rows of V.
+DecodeMatrix slice_matrix(const BlockSparseView& v, bool columns) {
   DecodeMatrix m{};
   m.values = v.values;
-  m.in_features = static_cast<int>(transposed ? v.cols : v.rows);
-  m.out_features = static_cast<int>(transposed ? v.rows : v.cols);
-  m.transposed = transposed;
+  m.in_features = static_cast<int>(columns ? v.cols : v.rows);
+  m.out_features = static_cast<int>(columns ? v.rows : v.cols);
+  m.columns = columns;
   m.wide = is_aligned(v.values, kChunkBytes);
-  m.range = transposed ? v.row_ptr : v.col_ptr;
-  m.reduce_index = transposed ? v.col_idx : v.row_idx;
-  m.block_id = transposed ? v.block_id : nullptr;
+  m.range = columns ? v.row_ptr : v.col_ptr;
+  m.reduce_index = columns ? v.col_idx : v.row_idx;
+  m.block_id = columns ? v.block_id : nullptr;
   m.num_blocks = static_cast<int>(v.num_blocks);
-  m.reduce_blocks = static_cast<int>(transposed ? v.block_cols() : v.block_rows());
+  m.reduce_blocks = static_cast<int>(columns ? v.block_cols() : v.block_rows());
   m.slots = static_cast<int>(v.slots());
-  m.out_shift = log2_of_edge(transposed ? v.bk : v.bn);
-  m.reduce_shift = log2_of_edge(transposed ? v.bn : v.bk);
+  m.out_shift = log2_of_edge(columns ? v.bk : v.bn);
+  m.reduce_shift = log2_of_edge(columns ? v.bn : v.bk);
   m.k_shift = log2_of_edge(v.bk);
-  m.mask = v.mask;
-  m.value_ptr = v.block_ptr;
-  m.num_values = v.num_values;
-  m.wide_mask = is_aligned(v.mask, 4);
+  m.bitmap = make_bitmap(v);
+  m.wide_mask = is_aligned(v.mask, kChunkBytes);
   return m;
 }
 
-// One block on each multiprocessor, since every block has to run while the others do; no more than
-// there are tiles.
-int grid_blocks(const DecodeTask& task) {
-  int64_t tiles = 1;
-  for (int stage = 0; stage < kDecodeStages; ++stage) {
-    tiles = max_of(tiles, tiles_of(task, stage));
+StageSplit split_stage(const DecodeTask& task, int stage, int64_t element, int sm_count) {
+  const DecodeMatrix& m = task.matrix[matrix_of(stage, 0)];
+  int64_t widest = widest_tile(m.columns, element), length = m.in_features;
+  if (m.range != nullptr) {
+    for (int which = 0; which < matrices_of(task, stage); ++which) {
+      widest = min_of(widest, 1 << task.matrix[matrix_of(stage, which)].out_shift);
+    }
+    const int64_t out_blocks = ceil_div(m.out_features, 1 << m.out_shift);
+    length = (int64_t{m.num_blocks} << m.reduce_shift) / max_of(1, out_blocks);
   }
-  return static_cast<int>(min_of(tiles, current_device().sm_count));
+  const int64_t step = m.columns ? kColumnStepReduce : kStageBytes / element;
+  return choose_split(m.out_features, static_cast<int>(widest), length / step, sm_count);
+}
+
+void split_stages(DecodeTask& task, int64_t element, int sm_count) {
+  // One block on each multiprocessor, since every block has to run while the others do.
+  task.blocks = 1;
+  for (int stage = 0; stage < kDecodeStages; ++stage) {
+    const StageSplit split = split_stage(task, stage, element, sm_count);
+    task.split[stage] = split;
+    task.blocks = static_cast<int>(min_of(sm_count, max_of(task.blocks, split.units)));
+    if (split.shares > 1) {
+      const int floats = matrices_of(task, stage) * task.tokens * split.out_tile;
+      task.partial_floats = static_cast<int>(max_of(task.partial_floats, floats));
+    }
+  }
 }
 
 // Each call gets another one; odd, so never 0. Starts at random, so that what an earlier process
@@ -97,7 +114,7 @@ uint64_t next_nonce() {
 
 }  // namespace
 
-DecodeTask make_decode_task(const SharedMlpDecodeParams& p) {
+DecodeTask make_decode_task(const SharedMlpDecodeParams& p, int sm_count) {
   check_params(p);
   const int64_t element = element_size(p.dtype);
   DecodeTask task{};
@@ -128,47 +145,52 @@ DecodeTask make_decode_task(const SharedMlpDecodeParams& p) {
   task.rank_out = static_cast<int>(p.rank_out);
   task.gated = p.gate != nullptr;
   task.identity = p.identity;
+  for (const DecodeMatrix& m : task.matrix) {
+    task.bitmap |= m.bitmap.mask != nullptr;
+  }
+  split_stages(task, element, sm_count);
   return task;
 }
 
-DecodeWorkspace plan_workspace(const DecodeTask& task, int blocks, int64_t element_bytes) {
+DecodeWorkspace plan_workspace(const DecodeTask& task, int64_t element_bytes) {
   DecodeWorkspace plan{};
-  plan.bytes = round_up(int64_t{kDecodeBarriers} * blocks * 8, 128);
+  const auto add = [&](int64_t bytes) {
+    const int64_t at = plan.bytes;
+    plan.bytes += round_up(bytes, 128);
+    return at;
+  };
+  add(int64_t{kDecodeFlagRows} * task.blocks * 8);
   for (int i = 1; i < kDecodeStages; ++i) {
-    plan.features_at[i] = plan.bytes;
-    plan.bytes += round_up(task.tokens * task.features[i].stride * element_bytes, 128);
+    plan.features_at[i] = add(task.tokens * task.features[i].stride * element_bytes);
   }
+  plan.partial_at = add(int64_t{task.blocks} * task.partial_floats * 4);
   return plan;
 }
 
 int64_t shared_mlp_decode_workspace_bytes(const SharedMlpDecodeParams& params) {
-  const DecodeTask task = make_decode_task(params);
-  return plan_workspace(task, grid_blocks(task), element_size(params.dtype)).bytes;
+  const DecodeTask task = make_decode_task(params, current_device().sm_count);
+  return plan_workspace(task, element_size(params.dtype)).bytes;
 }
 
 void shared_mlp_decode(const SharedMlpDecodeParams& params, void* workspace, Stream stream) {
-  DecodeTask task = make_decode_task(params);
+  const DeviceInfo device = current_device();
+  DecodeTask task = make_decode_task(params, device.sm_count);
   if (task.tokens == 0 || task.width == 0) {
     return;
   }
   FIPS_CHECK(is_aligned(workspace, kChunkBytes), kOp, ": workspace must be aligned to ",
              kChunkBytes, " bytes");
-  task.blocks = grid_blocks(task);
-  task.nonce = next_nonce();
-  const DecodeWorkspace plan = plan_workspace(task, task.blocks, element_size(params.dtype));
+  const DecodeWorkspace plan = plan_workspace(task, element_size(params.dtype));
+  char* memory = static_cast<char*>(workspace);
   task.flags = static_cast<uint64_t*>(workspace);
   for (int i = 1; i < kDecodeStages; ++i) {
-    task.features[i].data = static_cast<char*>(workspace) + plan.features_at[i];
+    task.features[i].data = memory + plan.features_at[i];
   }
-  const int max_shared_bytes = current_device().max_shared_bytes;
-  switch (params.dtype) {
-    case DType::kBFloat16:
-      return launch_decode<BFloat16>(task, max_shared_bytes, stream);
-    case DType::kFloat16:
-      return launch_decode<Half>(task, max_shared_bytes, stream);
-    default:
-      return launch_decode<float>(task, max_shared_bytes, stream);
-  }
+  task.partial = reinterpret_cast<float*>(memory + plan.partial_at);
+  task.nonce = next_nonce();
+  with_element_type(kOp, params.dtype, [&](auto element) {
+    launch_decode<decltype(element)>(task, device.max_shared_bytes, stream);
+  });
 }
 
 }  // namespace fips::cuda

@@ -1,9 +1,10 @@
 // One persistent kernel for the four stages of an MLP on shared factors. At Llama-3-8B's sizes (U
 // and V_i of density 1/4 in bfloat16: 78 MB) memory needs 16 us at 4.8 TB/s, and four separate
 // launches would leave it idle between them. Here the rings of a multiprocessor hold up to 160 KiB
-// of weights under way, also across the barriers between stages; together that is 4 us of memory
-// time, more than a barrier takes, and what several times the latency asks for.
-// Features go straight from L2 into registers: T / 16 of the bytes of the weights.
+// of weights under way, also across the barriers between stages: over 132 multiprocessors 4 us of
+// memory time, more than a barrier takes and several times the latency of memory.
+// Features go straight from L2 into registers, T / 32 (row steps) or T / 64 (column steps) of the
+// bytes of the weights in blocks of these widths.
 #pragma once
 
 #include "kernels/cuda/activation.cuh"
@@ -13,57 +14,56 @@
 
 namespace fips::cuda {
 
-// Dynamic shared memory: rings, their descriptions, sums, and per warp what the element type or the
-// encoding need. All parts start on 16 bytes.
+// Dynamic shared memory: rings, their descriptions, sums, and per warp what the element type and
+// the encoding need (at different times). All parts start on 16 bytes.
 template <class T, int kTokens>
 struct DecodeShared {
   static constexpr int kSlotBytes =
       kDecodeWarps * (kDecodeStepBytes + static_cast<int>(sizeof(StepMeta)));
-  static constexpr int kFloatBytes =
-      sizeof(T) == 4 ? kDecodeWarps * static_cast<int>(sizeof(FloatFeatures<kTokens>)) : 0;
-  static constexpr int kScanBytes = kDecodeWarps * static_cast<int>(sizeof(MaskScan<T>));
+  static constexpr int kFeatureBytes = sizeof(T) == 4 ? kFloatFeatureBytes<kTokens> : 0;
+  static constexpr int kScanBytes = static_cast<int>(sizeof(MaskScan));
+
+  FIPS_HOST_DEVICE static constexpr int scratch_bytes(bool bitmap) {
+    return bitmap && kScanBytes > kFeatureBytes ? kScanBytes : kFeatureBytes;
+  }
 
   static int bytes(int slots, bool bitmap) {
-    return slots * kSlotBytes + DecodeSums<kTokens>::kBytes + kFloatBytes +
-           (bitmap ? kScanBytes : 0);
+    return slots * kSlotBytes + DecodeSums<kTokens>::kBytes + kDecodeWarps * scratch_bytes(bitmap);
   }
 
   WarpRing ring;
-  DecodeSums<kTokens> sums;
-  unsigned char* features;  // of this warp
-  MaskScan<T>* scan;        // of this warp
+  float* sums;
+  unsigned char* scratch;  // of this warp
 
-  FIPS_DEVICE_MEMBER explicit DecodeShared(int slots) {
+  FIPS_DEVICE_MEMBER DecodeShared(int slots, bool bitmap) {
     const int warp = warp_index();
     unsigned char* at = dynamic_shared_memory();
-    ring.tiles = at + warp * slots * kDecodeStepBytes;
+    ring.steps = at + warp * slots * kDecodeStepBytes;
     at += kDecodeWarps * slots * kDecodeStepBytes;
     ring.meta = reinterpret_cast<StepMeta*>(at) + warp * slots;
     at += kDecodeWarps * slots * static_cast<int>(sizeof(StepMeta));
     ring.slots = slots;
-    sums.shared = reinterpret_cast<float*>(at);
-    at += DecodeSums<kTokens>::kBytes;
-    features = at + warp * (kFloatBytes / kDecodeWarps);
-    at += kFloatBytes;
-    scan = reinterpret_cast<MaskScan<T>*>(at) + warp;
+    sums = reinterpret_cast<float*>(at);
+    scratch = at + DecodeSums<kTokens>::kBytes + warp * scratch_bytes(bitmap);
   }
 };
+
+// ---- what becomes of the sums
+// --------------------------------------------------------------------
 
 template <class T>
 FIPS_DEVICE float vector_element(const void* vector, int i) {
   return vector == nullptr ? 0.0f : to_float(static_cast<const T*>(vector)[i]);
 }
 
-// What becomes of one sum of a stage: bias, activation, gate, identity, one rounding.
-template <class T, int kTokens>
-FIPS_DEVICE T finish_output(const DecodeTask& task, int stage, const DecodeSums<kTokens>& sums,
-                            int token, int out, int feature) {
-  float sum = sums.total(0, token, out);
+// Bias, activation, gate, identity part, one rounding.
+template <class T>
+FIPS_DEVICE T finish_output(const DecodeTask& task, int stage, float sum, float gate, int token,
+                            int feature) {
   if (stage == kHiddenStage) {
     sum += vector_element<T>(task.up_bias, feature);
     if (task.gated) {
-      const float gate = sums.total(1, token, out) + vector_element<T>(task.gate_bias, feature);
-      sum *= activate<T>(task.activation, gate);
+      sum *= activate<T>(task.activation, gate + vector_element<T>(task.gate_bias, feature));
     } else {
       sum = activate<T>(task.activation, sum);
     }
@@ -77,16 +77,70 @@ FIPS_DEVICE T finish_output(const DecodeTask& task, int stage, const DecodeSums<
   return from_float<T>(sum);
 }
 
-template <class T, int kTokens>
-FIPS_DEVICE void finish_tile(const DecodeTask& task, int stage, int tile,
-                             const DecodeSums<kTokens>& sums) {
-  const int token = thread_index() / kDecodeOut, out = thread_index() % kDecodeOut;
-  const int feature = tile * kDecodeOut + out;
-  if (token < task.tokens && feature < task.matrix[matrix_of(stage, 0)].out_features) {
-    const DecodeFeatures& target = task.features[stage + 1];
-    static_cast<T*>(target.data)[token * target.stride + feature] =
-        finish_output<T, kTokens>(task, stage, sums, token, out, feature);
+// Calls body(index, token, out) for every sum of a unit.
+template <class Body>
+FIPS_DEVICE void each_output(const DecodeTask& task, int out_tile, const Body& body) {
+  const int shift = log2_of_edge(out_tile);
+  FIPS_UNROLL_BY(1)
+  for (int i = thread_index(); i < task.tokens << shift; i += kDecodeThreads) {
+    body(i, i >> shift, in_block(i, shift));
   }
+}
+
+FIPS_DEVICE uint64_t* share_flags(const DecodeTask& task, int stage) {
+  return task.flags + (kDecodeBarriers + stage) * task.blocks;
+}
+
+// Sums of a share that is not its tile's first, for the block with the first.
+template <int kTokens>
+FIPS_DEVICE void publish_share(const DecodeTask& task, int stage, const DecodeSums<kTokens>& sums) {
+  const int out_tile = task.split[stage].out_tile;
+  float* target = task.partial + block_index() * task.partial_floats;
+  for (int which = 0; which < matrices_of(task, stage); ++which) {
+    each_output(task, out_tile, [&](int i, int token, int out) {
+      target[which * task.tokens * out_tile + i] = sums.total(which, token, out);
+    });
+  }
+  raise_flag(share_flags(task, stage), task.nonce);
+}
+
+// Adds the tile's other shares, in order, to sum `i` of this block's.
+FIPS_DEVICE float with_shares(const DecodeTask& task, int stage, int which, int i, float sum) {
+  const StageSplit& split = task.split[stage];
+  const float* source = task.partial + (block_index() + 1) * task.partial_floats +
+                        which * task.tokens * split.out_tile + i;
+  for (int share = 1; share < split.shares; ++share, source += task.partial_floats) {
+    sum += *source;
+  }
+  return sum;
+}
+
+// All threads; their sums are in shared memory. With shares, unit u is all the work of block u.
+template <class T, int kTokens>
+FIPS_DEVICE void finish_unit(const DecodeTask& task, int stage, int unit,
+                             const DecodeSums<kTokens>& sums) {
+  const StageSplit& split = task.split[stage];
+  const int tile = tile_of_unit(task, stage, unit);
+  if (unit != tile * split.shares) {
+    return publish_share(task, stage, sums);
+  }
+  if (split.shares > 1) {
+    wait_for_flags<kDecodeThreads>(share_flags(task, stage), task.nonce, unit + 1,
+                                   split.shares - 1);
+  }
+  const DecodeFeatures& target = task.features[stage + 1];
+  const int out_features = task.matrix[matrix_of(stage, 0)].out_features;
+  each_output(task, split.out_tile, [&](int i, int token, int out) {
+    const int feature = tile * split.out_tile + out;
+    if (feature < out_features) {
+      const float sum = with_shares(task, stage, 0, i, sums.total(0, token, out));
+      const float gate = matrices_of(task, stage) == 1
+                             ? 0.0f
+                             : with_shares(task, stage, 1, i, sums.total(1, token, out));
+      static_cast<T*>(target.data)[token * target.stride + feature] =
+          finish_output<T>(task, stage, sum, gate, token, feature);
+    }
+  });
 }
 
 // The identity part of z.
@@ -102,13 +156,17 @@ FIPS_DEVICE void copy_identity(const DecodeTask& task) {
   }
 }
 
+// ---- the kernel
+// ----------------------------------------------------------------------------------
+
 // One warp's way through its steps.
 template <class T, int kTokens>
 class DecodeWarp {
  public:
   FIPS_DEVICE_MEMBER explicit DecodeWarp(const DecodeTask& task)
-      : task_(task), shared_(task.slots), at_(open_stream<T>(task)) {
+      : task_(task), shared_(task.slots, task.bitmap), at_(open_stream<T>(task)) {
     ref_ = load_group<T>(task_, at_);
+    FIPS_UNROLL_BY(1)
     for (int slot = 0; slot + 1 < shared_.ring.slots; ++slot) {
       issue_step<T>(task_, shared_.ring, slot, at_, ref_);
     }
@@ -119,29 +177,38 @@ class DecodeWarp {
   // Once the features of `stage` are there.
   FIPS_DEVICE_MEMBER void begin_stage(int stage) { load_next(stage, slot_); }
 
-  // Sums the warp's steps of the next segment.
-  FIPS_DEVICE_MEMBER void sum_segment(int stage, int which, int tile) {
+  FIPS_DEVICE_MEMBER DecodeSums<kTokens> sums(int stage) const {
+    return {shared_.sums, task_.split[stage].out_tile + 4};
+  }
+
+  // Sums the warp's steps of the next segment and leaves the block's sums in shared memory.
+  FIPS_DEVICE_MEMBER void sum_segment(int stage, int which, int unit) {
     const DecodeMatrix& m = task_.matrix[matrix_of(stage, which)];
     const WarpRing& ring = shared_.ring;
-    WarpSums<T, kTokens> sums{};
+    const int out_tile = task_.split[stage].out_tile;
+    WarpSums<T, kTokens> total{};
+    FIPS_UNROLL_BY(1)
     while (ring.meta[slot_].segment == segment_) {
       wait_for_step(ring.slots);
       warp_barrier();  // the step is here for all lanes, and all are done with the one before
       issue_step<T>(task_, ring, refill_, at_, ref_);
-      if (m.mask != nullptr) {
-        expand_step<T>(m, ring.meta[slot_], tile, *shared_.scan, ring.tile(slot_));
-      }
+      warp_barrier();  // with two slots, the next step's description was only just written
       const StepFeatures<T, kTokens> x = next_;
       load_next(stage, ring.next(slot_));
-      sums.add_step(m, ring.tile(slot_), x, shared_.features);
+      if (m.bitmap.mask != nullptr) {
+        const StepMeta& meta = ring.meta[slot_];
+        const StepPlace place{tile_of_unit(task_, stage, unit) * out_tile, out_tile,
+                              meta.step * DecodeStep<T>::reduce(m.columns)};
+        expand_step<T>(m, meta, place, *reinterpret_cast<MaskScan*>(shared_.scratch),
+                       ring.at(slot_));
+      }
+      total.add_step(m.columns, out_tile, ring.at(slot_), x, shared_.scratch);
       refill_ = slot_;
       slot_ = ring.next(slot_);
     }
-    sums.store(shared_.sums, which);
     ++segment_;
+    sums(stage).collect(which, [&](const auto& store) { total.each(out_tile, store); });
   }
-
-  FIPS_DEVICE_MEMBER const DecodeSums<kTokens>& sums() const { return shared_.sums; }
 
  private:
   FIPS_DEVICE_MEMBER void load_next(int stage, int slot) {
@@ -159,12 +226,24 @@ class DecodeWarp {
   int slot_ = 0, refill_ = 0, segment_ = 0;
 };
 
+// Flags of a replay start as this run leaves them (grid_barrier.cuh). Nobody polls the shares of
+// stage 0 or barrier 0 once barrier 1 is passed; the others are polled after barrier 0 only.
+FIPS_DEVICE void clear_early_flags(const DecodeTask& task) {
+  clear_flag(task.flags);
+  clear_flag(share_flags(task, 0));
+}
+FIPS_DEVICE void clear_late_flags(const DecodeTask& task) {
+  for (int row = 1; row < kDecodeFlagRows; ++row) {
+    if (row != kDecodeBarriers) {  // the shares of stage 0
+      clear_flag(task.flags + row * task.blocks);
+    }
+  }
+}
+
 template <class T, int kTokens>
 FIPS_KERNEL(kDecodeThreads, 1)
 shared_mlp_decode_kernel(const DecodeTask task) {
-  for (int barrier = 1; barrier < kDecodeBarriers; ++barrier) {
-    clear_flag(task.flags + barrier * task.blocks);
-  }
+  clear_late_flags(task);
   DecodeWarp<T, kTokens> warp(task);
   if (task.identity) {
     copy_identity<T>(task);
@@ -175,19 +254,19 @@ shared_mlp_decode_kernel(const DecodeTask task) {
       grid_barrier<kDecodeThreads>(task.flags + (stage - 1) * task.blocks, task.nonce, task.blocks);
     }
     if (stage == 2) {
-      clear_flag(task.flags);
+      clear_early_flags(task);
     }
     warp.begin_stage(stage);
-    const TileRange tiles = decode_tiles(tiles_of(task, stage), block_index(), task.blocks);
+    const WorkRange units = units_of(task.split[stage].units, block_index(), task.blocks);
     FIPS_UNROLL_BY(1)
-    for (int tile = static_cast<int>(tiles.begin); tile < tiles.end; ++tile) {
+    for (int unit = units.begin; unit < units.end; ++unit) {
       FIPS_UNROLL_BY(1)
       for (int which = 0; which < matrices_of(task, stage); ++which) {
-        warp.sum_segment(stage, which, tile);
+        warp.sum_segment(stage, which, unit);
       }
       block_barrier();
-      finish_tile<T, kTokens>(task, stage, tile, warp.sums());
-      block_barrier();  // before the next tile's sums
+      finish_unit<T, kTokens>(task, stage, unit, warp.sums(stage));
+      block_barrier();  // before the next unit's sums
     }
   }
 }

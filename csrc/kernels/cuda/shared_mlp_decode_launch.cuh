@@ -10,22 +10,18 @@ namespace fips::cuda {
 template <class T, int kTokens>
 void launch_decode_tokens(DecodeTask task, int max_shared_bytes, Stream stream) {
   using Shared = DecodeShared<T, kTokens>;
-  bool bitmap = false;
-  for (const DecodeMatrix& m : task.matrix) {
-    bitmap |= m.mask != nullptr;
-  }
   task.slots = 0;
-  for (const int slots : {10, 8, 6, 4, 3}) {  // those of wait_for_step
-    if (Shared::bytes(slots, bitmap) <= max_shared_bytes) {
+  for (const int slots : {5, 4, 3, 2}) {  // those of wait_for_step
+    if (Shared::bytes(slots, task.bitmap) <= max_shared_bytes) {
       task.slots = slots;
       break;
     }
   }
-  FIPS_CHECK(task.slots > 0, "shared_mlp_decode: needs ", Shared::bytes(3, bitmap),
+  FIPS_CHECK(task.slots > 0, "shared_mlp_decode: needs ", Shared::bytes(2, task.bitmap),
              " bytes of shared memory, but a block of this device has ", max_shared_bytes);
   launch_together<shared_mlp_decode_kernel<T, kTokens>>(
-      "shared_mlp_decode", {task.blocks, kDecodeThreads, Shared::bytes(task.slots, bitmap)}, task,
-      stream);
+      "shared_mlp_decode", {task.blocks, kDecodeThreads, Shared::bytes(task.slots, task.bitmap)},
+      task, stream);
 }
 
 template <class T>

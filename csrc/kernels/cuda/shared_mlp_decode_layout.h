@@ -1,10 +1,14 @@
 // Index maps of shared_mlp_decode as plain host/device functions: how a stage is split over thread
 // blocks and warps, and where a tile of weights lies in shared memory.
 //
-// A stage is cut into tiles of 16 outputs. Every thread block gets a range of consecutive tiles, so
-// no sum crosses thread blocks; its warps share the reduction of each tile in steps of 128 bytes
-// (64 or 32 positions). A tile step is thus 16 outputs x 128 bytes = 2 KiB of weights, for every
-// element type and in both directions.
+// A stage is cut into tiles of 16, 32 or 64 outputs, and a tile of a stage with few of them into
+// shares of its reduction: a unit is one share of one tile. A thread block sums its units one after
+// another; its warps deal the reduction out in steps of up to 4 KiB of weights, each of them whole
+// 128-byte lines where the block edges allow it:
+//   row step     weights stored with the reduction contiguous (V of z V, U of w U^T):
+//                [up to 32 outputs][128 bytes of positions]
+//   column step  weights stored with the outputs contiguous (U of x U, V of h V^T):
+//                [32 positions][up to 128 bytes of outputs]
 #pragma once
 
 #include <cstdint>
@@ -17,60 +21,98 @@ namespace fips::cuda {
 
 inline constexpr int kDecodeWarps = 8;
 inline constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
-inline constexpr int kDecodeOut = 16;       // outputs of a tile
+inline constexpr int kDecodeStepBytes = 4096;
 inline constexpr int kDecodeGroup = 16;     // positions that share a stored block: the least edge
 inline constexpr int kDecodeMaxGroups = 4;  // of a step
-inline constexpr int kDecodeStepBytes = kDecodeOut * kStageBytes;
+inline constexpr int kRowStepOut = 32;
+inline constexpr int kColumnStepReduce = 32;
 
 template <class T>
 struct DecodeStep {
-  static constexpr int kReduce = kStageBytes / static_cast<int>(sizeof(T));
-  static constexpr int kGroups = kReduce / kDecodeGroup;
   static constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(T));
-  static constexpr int kChunks = kReduce / kChunk;        // 8, along the reduction
-  static constexpr int kOutChunks = kDecodeOut / kChunk;  // 2 or 4, along the outputs
+  static constexpr int kRowReduce = kStageBytes / static_cast<int>(sizeof(T));
+  static constexpr int kGroupChunks = kDecodeGroup / kChunk;
+
+  FIPS_INLINE FIPS_HOST_DEVICE int reduce(bool columns) {
+    return columns ? kColumnStepReduce : kRowReduce;
+  }
 };
+
+inline int widest_tile(bool columns, int64_t element_bytes) {
+  return columns ? static_cast<int>(kStageBytes / element_bytes) : kRowStepOut;
+}
 
 // ---- the split of a stage
 // ------------------------------------------------------------------------
 
-struct TileRange {
-  int64_t begin, end;
+struct StageSplit {
+  int out_tile;  // outputs of a tile
+  int shares;    // of each tile's reduction; more than one only if every unit has its own block
+  int units;
 };
 
-// Block `block` of `blocks` works on these of a stage's `tiles`; shares differ by one at most, and
-// neighbouring tiles, which read the same features, stay together.
-FIPS_INLINE FIPS_HOST_DEVICE TileRange decode_tiles(int64_t tiles, int64_t block, int64_t blocks) {
-  return {block * tiles / blocks, (block + 1) * tiles / blocks};
+// `steps`: of a tile's reduction, on average. Wide tiles read in long lines and share the features
+// among more outputs; narrow ones spread over the blocks more evenly, which has to be worth it.
+inline StageSplit choose_split(int64_t outputs, int widest, int64_t steps, int64_t blocks) {
+  StageSplit best{};
+  double least = 0;
+  for (int tile = widest; tile >= kDecodeGroup; tile /= 2) {
+    const int64_t tiles = ceil_div(outputs, tile);
+    const int64_t shares = tiles == 0 ? 1 : max_of(1, min_of(blocks / tiles, steps / kDecodeWarps));
+    const double longest = static_cast<double>(ceil_div(tiles, blocks) * tile) / shares;
+    if (tile == widest || longest < 0.8 * least) {
+      best = {tile, static_cast<int>(shares), static_cast<int>(tiles * shares)};
+      least = longest;
+    }
+  }
+  return best;
+}
+
+struct WorkRange {
+  int begin, end;
+};
+
+// Block `block` of `blocks` works on these of a stage's units; the numbers differ by one at most,
+// and neighbouring tiles, which read the same features, stay together.
+FIPS_INLINE FIPS_HOST_DEVICE WorkRange units_of(int64_t units, int64_t block, int64_t blocks) {
+  const int64_t parts = min_of(units, blocks);
+  if (block >= parts) {
+    return {0, 0};
+  }
+  return {static_cast<int>(block * units / parts), static_cast<int>((block + 1) * units / parts)};
+}
+
+// The steps of a reduction that share `share` of `shares` adds.
+FIPS_INLINE FIPS_HOST_DEVICE WorkRange steps_of(int64_t steps, int share, int shares) {
+  return {static_cast<int>(steps * share / shares), static_cast<int>(steps * (share + 1) / shares)};
 }
 
 // A thread block deals its steps to the warps in turn, on from tile to tile: after `before` steps,
-// `warp` takes this step of the next tile first, and every kDecodeWarps-th from there.
+// `warp` takes this step of the next ones first, and every kDecodeWarps-th from there.
 FIPS_INLINE FIPS_HOST_DEVICE int first_step(int warp, int before) {
   return (warp - before) & (kDecodeWarps - 1);
 }
 
-// ---- a tile step in shared memory
-// ----------------------------------------------------------------
+// ---- a step in shared memory
+// ---------------------------------------------------------------------
 
-// Stored with the reduction contiguous: [16 outputs][8 chunks]. Both eight consecutive rows at one
-// chunk and two consecutive rows at four chunks, which is how the products read, touch every bank
-// once.
-FIPS_INLINE FIPS_HOST_DEVICE int row_tile_offset(int out, int chunk) {
+// Row step, [outputs][8 chunks]. Both eight consecutive rows at one chunk and two consecutive rows
+// at four chunks, which is how the products read, touch every bank once.
+FIPS_INLINE FIPS_HOST_DEVICE int row_step_offset(int out, int chunk) {
   const int reversed = (out & 1) << 2 | (out & 2) | (out >> 2 & 1);
   return (out * 8 + (chunk ^ reversed)) * kChunkBytes;
 }
 
-// Stored with the outputs contiguous: [positions][kOutChunks chunks]. Rows 0, 1, 8, 9, 16, 17, 24,
-// 25 (plus 2, 4 or 6), which one transposing ldmatrix reads for 16-bit elements, touch every bank
-// once.
-template <int kOutChunks>
-FIPS_INLINE FIPS_HOST_DEVICE int column_tile_offset(int position, int chunk) {
-  if (kOutChunks != 2) {
-    return (position * kOutChunks + chunk) * kChunkBytes;
-  }
-  const int row = position ^ (position >> 3 & 3);
-  return (row * 2 + (chunk ^ (position >> 3 & 1))) * kChunkBytes;
+// Column step, [32 positions][2, 4 or 8 chunks]; chunks_shift: log2 of the chunks. Rows 0, 1, 8, 9,
+// 16, 17, 24, 25 (plus 2, 4 or 6) at one chunk, which one transposing ldmatrix reads for 16-bit
+// elements, touch every bank once.
+FIPS_INLINE FIPS_HOST_DEVICE int column_step_offset(int position, int chunk, int chunks_shift) {
+  const int high = position >> 3 & 3;
+  const int row = chunks_shift == 1 ? position ^ high : position;
+  const int swap = chunks_shift == 1   ? high & 1
+                   : chunks_shift == 2 ? high
+                                       : high << 1 | (position & 1);
+  return ((row << chunks_shift) + (chunk ^ swap)) * kChunkBytes;
 }
 
 // ---- fragments of 16-bit elements
@@ -82,8 +124,8 @@ FIPS_INLINE FIPS_HOST_DEVICE int column_tile_offset(int position, int chunk) {
 inline constexpr int kDecodeSpan = 32;
 
 // {position in the span, chunk of outputs} of the row that `lane` addresses in the transposing
-// ldmatrix.x4 for instruction `m`.
-FIPS_INLINE FIPS_HOST_DEVICE Coord column_tile_row(int lane, int m) {
+// ldmatrix.x4 for instruction `m` of 16 outputs.
+FIPS_INLINE FIPS_HOST_DEVICE Coord column_step_row(int lane, int m) {
   const int row = lane & 7, matrix = lane >> 3;
   return {(row >> 1) * 8 + m * 4 + (matrix >> 1) * 2 + (row & 1), matrix & 1};
 }

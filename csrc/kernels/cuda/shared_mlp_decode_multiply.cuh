@@ -1,6 +1,6 @@
-// Arithmetic of shared_mlp_decode: one warp multiplies a tile step (16 outputs) with the features
-// of 8 or 16 tokens. 16-bit elements: tensor cores, the weights as the 16-row operand. float32:
-// scalar multiply-adds.
+// Arithmetic of shared_mlp_decode: one warp multiplies a step of weights with the features of 8 or
+// 16 tokens. 16-bit elements: tensor cores, the weights as the 16-row operand. float32: scalar
+// multiply-adds.
 #pragma once
 
 #include "kernels/cuda/shared_mlp_decode_stream.cuh"
@@ -10,20 +10,20 @@ namespace fips::cuda {
 // ---- features
 // ------------------------------------------------------------------------------------
 
-// This lane's 16-byte chunks of a step's features [kTokens][8 chunks], held in registers while the
-// step before is multiplied.
+// This lane's 16-byte chunks of a step's features [kTokens][up to 8 chunks], held in registers
+// while the step before is multiplied.
 template <class T, int kTokens>
 struct StepFeatures {
   static constexpr int kParts = kTokens * 8 / kWarpSize;
   Chunk<T> part[kParts];
 };
 
-// {token, chunk} of a lane's part: as the B operand wants them (shared_mlp_decode_layout.h) for
-// 16-bit elements, row by row for float32.
-template <class T>
+// {token, chunk} of a lane's part: as the B operand wants them (shared_mlp_decode_layout.h), span
+// by span, for 16-bit elements; row by row for float32.
+template <class T, int kTokens>
 FIPS_DEVICE Coord feature_place(int lane, int part) {
   if constexpr (sizeof(T) == 2) {
-    return {part / 2 * 8 + lane / 4, part % 2 * 4 + lane % 4};
+    return {part % (kTokens / 8) * 8 + lane / 4, part / (kTokens / 8) * 4 + lane % 4};
   } else {
     return {part * 4 + lane / 8, lane % 8};
   }
@@ -33,20 +33,19 @@ FIPS_DEVICE Coord feature_place(int lane, int part) {
 template <class T, int kTokens>
 FIPS_DEVICE void load_features(const DecodeTask& task, const StepMeta& meta,
                                StepFeatures<T, kTokens>& features) {
-  using Step = DecodeStep<T>;
-  constexpr int kGroupChunks = kDecodeGroup / Step::kChunk;
+  constexpr int kChunk = DecodeStep<T>::kChunk, kGroupChunks = DecodeStep<T>::kGroupChunks;
   const DecodeFeatures& source = task.features[meta.stage];
   const T* data = static_cast<const T*>(source.data);
   FIPS_UNROLL
   for (int i = 0; i < StepFeatures<T, kTokens>::kParts; ++i) {
-    const Coord at = feature_place<T>(lane_index(), i);
+    const Coord at = feature_place<T, kTokens>(lane_index(), i);
     const int group_feature = meta.feature[at.col / kGroupChunks];
-    const int feature = group_feature + at.col % kGroupChunks * Step::kChunk;
+    const int feature = group_feature + at.col % kGroupChunks * kChunk;
     const bool any = at.row < task.tokens && group_feature >= 0;
-    const int count = any ? elements_below(feature, source.count, Step::kChunk) : 0;
+    const int count = any ? elements_below(feature, source.count, kChunk) : 0;
     const T* from = data + at.row * source.stride + feature;
     features.part[i] = Chunk<T>{};
-    if (count == Step::kChunk && source.wide) {
+    if (count == kChunk && source.wide) {
       features.part[i] = *reinterpret_cast<const Chunk<T>*>(from);
     } else if (count > 0) {
       features.part[i] = load_chunk_narrow(from, count);
@@ -57,26 +56,44 @@ FIPS_DEVICE void load_features(const DecodeTask& task, const StepMeta& meta,
 // ---- sums
 // ----------------------------------------------------------------------------------------
 
-// Sums of one tile in shared memory, [matrix][warp][kTokens][kStride] float32: every warp's share
-// of the reduction. The stride keeps an accumulator's outputs and token pairs in different banks.
+// Sums of one unit in shared memory, [matrix][slot][kTokens][out_tile + 4] float32: every warp's
+// part of the reduction, or with 16 tokens that of two warps, to save room. The padding keeps an
+// accumulator's outputs and token pairs in different banks.
 template <int kTokens>
 struct DecodeSums {
-  static constexpr int kStride = kDecodeOut + 4;
-  static constexpr int kMatrixFloats = kDecodeWarps * kTokens * kStride;
-  static constexpr int kBytes = 2 * kMatrixFloats * 4;
+  static constexpr int kSlots = kTokens == 8 ? kDecodeWarps : kDecodeWarps / 2;
+  // Two matrices of 32 outputs, or one of 64.
+  static constexpr int kBytes = 2 * (kRowStepOut + 4) * kSlots * kTokens * 4;
   float* shared;
+  int stride;
 
-  FIPS_DEVICE_MEMBER float* at(int matrix, int warp, int token, int out) const {
-    return shared + matrix * kMatrixFloats + (warp * kTokens + token) * kStride + out;
+  FIPS_DEVICE_MEMBER float& at(int matrix, int slot, int token, int out) const {
+    return shared[((matrix * kSlots + slot) * kTokens + token) * stride + out];
   }
 
   FIPS_DEVICE_MEMBER float total(int matrix, int token, int out) const {
     float sum = 0;
     FIPS_UNROLL
-    for (int warp = 0; warp < kDecodeWarps; ++warp) {
-      sum += *at(matrix, warp, token, out);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      sum += at(matrix, slot, token, out);
     }
     return sum;
+  }
+
+  // Brings the sums of all warps together, `each` calling its argument with (token, out, sum).
+  // All threads of the block; the caller puts a barrier behind it.
+  template <class Each>
+  FIPS_DEVICE_MEMBER void collect(int matrix, const Each& each) const {
+    const int warp = warp_index();
+    if (warp >= kDecodeWarps - kSlots) {
+      each([&](int token, int out, float sum) { at(matrix, warp % kSlots, token, out) = sum; });
+    }
+    if constexpr (kSlots < kDecodeWarps) {
+      block_barrier();
+      if (warp < kSlots) {
+        each([&](int token, int out, float sum) { at(matrix, warp, token, out) += sum; });
+      }
+    }
   }
 };
 
@@ -92,59 +109,88 @@ FIPS_DEVICE uint32_t word_of(const Chunk<T>& chunk, int i) {
   return uint32_t{chunk.element[2 * i].bits} | uint32_t{chunk.element[2 * i + 1].bits} << 16;
 }
 
-// A fragments of both instructions of span `span` (32 positions).
-FIPS_DEVICE void load_weights(const DecodeMatrix& m, const unsigned char* tile, int span,
-                              uint32_t (&a)[2][4]) {
-  const int lane = lane_index();
-  if (m.transposed) {
-    FIPS_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const Coord at = column_tile_row(lane, i);
-      const int offset = column_tile_offset<2>(span * kDecodeSpan + at.row, at.col);
-      ldmatrix_x4_transposed(a[i], shared_address(tile + offset));
-    }
-  } else {
-    const int row = lane / 4, chunk = span * 4 + lane % 4;
-    const Words low = *reinterpret_cast<const Words*>(tile + row_tile_offset(row, chunk));
-    const Words high = *reinterpret_cast<const Words*>(tile + row_tile_offset(row + 8, chunk));
-    FIPS_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      a[i][0] = low.word[2 * i];
-      a[i][1] = high.word[2 * i];
-      a[i][2] = low.word[2 * i + 1];
-      a[i][3] = high.word[2 * i + 1];
-    }
+// A fragments of 16 outputs from `out` on, for both instructions of span `span`.
+FIPS_DEVICE void load_row_fragments(const unsigned char* step, int out, int span,
+                                    uint32_t (&a)[2][4]) {
+  const int row = out + lane_index() / 4, chunk = span * 4 + lane_index() % 4;
+  const Words low = *reinterpret_cast<const Words*>(step + row_step_offset(row, chunk));
+  const Words high = *reinterpret_cast<const Words*>(step + row_step_offset(row + 8, chunk));
+  FIPS_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    a[i][0] = low.word[2 * i];
+    a[i][1] = high.word[2 * i];
+    a[i][2] = low.word[2 * i + 1];
+    a[i][3] = high.word[2 * i + 1];
   }
 }
 
+FIPS_DEVICE void load_column_fragments(const unsigned char* step, int out, int chunks_shift,
+                                       uint32_t (&a)[2][4]) {
+  FIPS_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const Coord at = column_step_row(lane_index(), i);
+    const int offset = column_step_offset(at.row, out / 8 + at.col, chunks_shift);
+    ldmatrix_x4_transposed(a[i], shared_address(step + offset));
+  }
+}
+
+// A lane's sums of one step after another, as accumulators of 16 outputs x 8 tokens.
 template <class T, int kTokens>
 struct WarpSums {
-  float value[kTokens / 8][4];
+  static constexpr int kTokenTiles = kTokens / 8;
+  float value[4][kTokenTiles][4];
 
-  FIPS_DEVICE_MEMBER void add_step(const DecodeMatrix& m, const unsigned char* tile,
+  FIPS_DEVICE_MEMBER void add_step(bool columns, int out_tile, const unsigned char* step,
                                    const StepFeatures<T, kTokens>& x, unsigned char*) {
-    FIPS_UNROLL
-    for (int span = 0; span < 2; ++span) {
-      uint32_t a[2][4];
-      load_weights(m, tile, span, a);
+    if (columns) {
+      const int chunks_shift = column_chunks_shift<T>(out_tile);
       FIPS_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        FIPS_UNROLL
-        for (int t = 0; t < kTokens / 8; ++t) {
-          const Chunk<T>& b = x.part[2 * t + span];
-          mma_m16n8k16<T>(value[t], a[i], word_of(b, 2 * i), word_of(b, 2 * i + 1));
+      for (int tile = 0; tile < 4; ++tile) {
+        if (tile * 16 < out_tile) {
+          uint32_t a[2][4];
+          load_column_fragments(step, tile * 16, chunks_shift, a);
+          multiply(tile, a, x, 0);
+        }
+      }
+    } else {
+      FIPS_UNROLL
+      for (int tile = 0; tile < kRowStepOut / 16; ++tile) {
+        if (tile * 16 < out_tile) {
+          FIPS_UNROLL
+          for (int span = 0; span < 2; ++span) {
+            uint32_t a[2][4];
+            load_row_fragments(step, tile * 16, span, a);
+            multiply(tile, a, x, span);
+          }
         }
       }
     }
   }
 
-  FIPS_DEVICE_MEMBER void store(const DecodeSums<kTokens>& sums, int matrix) const {
+  // Calls store(token, out, sum).
+  template <class Store>
+  FIPS_DEVICE_MEMBER void each(int out_tile, const Store& store) const {
     FIPS_UNROLL
-    for (int t = 0; t < kTokens / 8; ++t) {
+    for (int tile = 0; tile < 4; ++tile) {
+      if (tile * 16 < out_tile) {
+        FIPS_UNROLL
+        for (int i = 0; i < kTokenTiles * 4; ++i) {
+          const Coord at = accumulator_coord(lane_index(), i % 4);
+          store(i / 4 * 8 + at.col, tile * 16 + at.row, value[tile][i / 4][i % 4]);
+        }
+      }
+    }
+  }
+
+ private:
+  FIPS_DEVICE_MEMBER void multiply(int tile, const uint32_t (&a)[2][4],
+                                   const StepFeatures<T, kTokens>& x, int span) {
+    FIPS_UNROLL
+    for (int i = 0; i < 2; ++i) {
       FIPS_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const Coord at = accumulator_coord(lane_index(), i);
-        *sums.at(matrix, warp_index(), t * 8 + at.col, at.row) = value[t][i];
+      for (int t = 0; t < kTokenTiles; ++t) {
+        const Chunk<T>& b = x.part[span * kTokenTiles + t];
+        mma_m16n8k16<T>(value[tile][t], a[i], word_of(b, 2 * i), word_of(b, 2 * i + 1));
       }
     }
   }
@@ -153,63 +199,70 @@ struct WarpSums {
 // ---- float32
 // -------------------------------------------------------------------------------------
 
-// Of one warp, in shared memory. A lane sums one output for every other token.
+// The step's features [kTokens][32] in shared memory, of one warp.
 template <int kTokens>
-struct FloatFeatures {
-  static constexpr int kStride = 36;  // two rows at one chunk lie in different banks
-  float value[kTokens * kStride];
-};
+inline constexpr int kFloatFeatureBytes = kTokens * kStageBytes;
 
+// A lane sums one output for all tokens; with 16 outputs to a tile, its half of the lanes takes
+// every other chunk of the reduction.
 template <int kTokens>
 struct WarpSums<float, kTokens> {
-  float value[kTokens / 2];
+  float value[kTokens];
 
-  FIPS_DEVICE_MEMBER void add_step(const DecodeMatrix& m, const unsigned char* tile,
+  FIPS_DEVICE_MEMBER void add_step(bool columns, int out_tile, const unsigned char* step,
                                    const StepFeatures<float, kTokens>& x, unsigned char* scratch) {
-    constexpr int kStride = FloatFeatures<kTokens>::kStride;
-    float* rows = reinterpret_cast<FloatFeatures<kTokens>*>(scratch)->value;
     FIPS_UNROLL
     for (int i = 0; i < StepFeatures<float, kTokens>::kParts; ++i) {
-      const Coord at = feature_place<float>(lane_index(), i);
-      *reinterpret_cast<Chunk<float>*>(rows + at.row * kStride + at.col * 4) = x.part[i];
+      const Coord at = feature_place<float, kTokens>(lane_index(), i);
+      *reinterpret_cast<Chunk<float>*>(scratch + at.row * kStageBytes + at.col * kChunkBytes) =
+          x.part[i];
     }
     warp_barrier();
-    const int out = lane_index() % kDecodeOut, first_token = lane_index() / kDecodeOut;
+    const int out = lane_index() & (out_tile - 1);
+    const int stride = kWarpSize / out_tile;
+    const int chunks_shift = column_chunks_shift<float>(out_tile);
     FIPS_UNROLL_BY(2)
-    for (int chunk = 0; chunk < DecodeStep<float>::kChunks; ++chunk) {
-      const Chunk<float> w = load_chunk(m, tile, out, chunk);
+    for (int chunk = lane_index() / out_tile; chunk < 8; chunk += stride) {
+      const Chunk<float> w =
+          columns ? column_chunk(step, out, chunk, chunks_shift)
+                  : *reinterpret_cast<const Chunk<float>*>(step + row_step_offset(out, chunk));
       FIPS_UNROLL
-      for (int i = 0; i < kTokens / 2; ++i) {
-        const float* row = rows + (first_token + 2 * i) * kStride + chunk * 4;
-        const Chunk<float> t = *reinterpret_cast<const Chunk<float>*>(row);
+      for (int t = 0; t < kTokens; ++t) {
+        const Chunk<float> token =
+            *reinterpret_cast<const Chunk<float>*>(scratch + t * kStageBytes + chunk * kChunkBytes);
         FIPS_UNROLL
         for (int r = 0; r < 4; ++r) {
-          value[i] += w.element[r] * t.element[r];
+          value[t] += w.element[r] * token.element[r];
         }
       }
     }
   }
 
-  FIPS_DEVICE_MEMBER void store(const DecodeSums<kTokens>& sums, int matrix) const {
-    const int out = lane_index() % kDecodeOut, first_token = lane_index() / kDecodeOut;
+  template <class Store>
+  FIPS_DEVICE_MEMBER void each(int out_tile, const Store& store) const {
+    const int lane = lane_index();
     FIPS_UNROLL
-    for (int i = 0; i < kTokens / 2; ++i) {
-      *sums.at(matrix, warp_index(), first_token + 2 * i, out) = value[i];
+    for (int t = 0; t < kTokens; ++t) {
+      uint32_t bits;
+      memcpy(&bits, &value[t], sizeof bits);
+      bits = shuffle(bits, lane ^ 16);
+      float other;
+      memcpy(&other, &bits, sizeof other);
+      if (lane < out_tile) {
+        store(t, lane, out_tile == 16 ? value[t] + other : value[t]);
+      }
     }
   }
 
  private:
   // Four positions of one output.
-  FIPS_DEVICE_MEMBER static Chunk<float> load_chunk(const DecodeMatrix& m,
-                                                    const unsigned char* tile, int out, int chunk) {
-    if (!m.transposed) {
-      return *reinterpret_cast<const Chunk<float>*>(tile + row_tile_offset(out, chunk));
-    }
+  FIPS_DEVICE_MEMBER static Chunk<float> column_chunk(const unsigned char* step, int out, int chunk,
+                                                      int chunks_shift) {
     Chunk<float> w;
     FIPS_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int offset = column_tile_offset<4>(chunk * 4 + i, out / 4) + out % 4 * 4;
-      w.element[i] = *reinterpret_cast<const float*>(tile + offset);
+      const int offset = column_step_offset(chunk * 4 + i, out / 4, chunks_shift);
+      w.element[i] = *reinterpret_cast<const float*>(step + offset + out % 4 * 4);
     }
     return w;
   }

@@ -12,14 +12,18 @@ namespace fips::cuda {
 
 inline constexpr int kDecodeStages = 4;  // z, h, w, y
 inline constexpr int kHiddenStage = 1;
-inline constexpr int kDecodeBarriers = kDecodeStages - 1;
 inline constexpr int kDecodeMatrices = 5;
+
+// Words in the workspace by which the blocks of a grid tell each other where they are, [blocks]
+// each: one row for every barrier between stages and for the shares of every stage.
+inline constexpr int kDecodeBarriers = kDecodeStages - 1;
+inline constexpr int kDecodeFlagRows = kDecodeBarriers + kDecodeStages;
 
 // Seen from the product: outputs and positions of the reduction instead of rows and columns.
 struct DecodeMatrix {
   const void* values;
   int in_features, out_features;
-  bool transposed;     // outputs, not the reduction, are contiguous
+  bool columns;        // outputs, not the reduction, are contiguous
   bool wide;           // 16-byte accesses are aligned
   int64_t row_stride;  // of a dense matrix, in elements
 
@@ -29,10 +33,8 @@ struct DecodeMatrix {
   int num_blocks, reduce_blocks, slots;
   int out_shift, reduce_shift, k_shift;  // log2 of the block edges
 
-  const uint8_t* mask;       // null: `block` encoding
-  const int32_t* value_ptr;  // `bitmap`
-  int64_t num_values;
-  bool wide_mask;  // 4-byte accesses are aligned
+  BitmapSlice bitmap;  // mask null: dense, or `block` encoding
+  bool wide_mask;      // 16-byte accesses are aligned
 };
 
 // Features [tokens, count] that a stage reads and the one before it writes.
@@ -49,12 +51,15 @@ struct DecodeTask {
   const void *up_bias, *gate_bias, *down_bias;
   Activation activation;
   int tokens, width, rank, rank_out;
-  bool gated, identity;
+  bool gated, identity, bitmap;  // bitmap: of any slice
 
-  uint64_t* flags;  // [kDecodeBarriers][grid size], any content
-  uint64_t nonce;   // never the same in two calls
-  int blocks;       // grid size
-  int slots;        // of each warp's ring in shared memory, 3 at least
+  StageSplit split[kDecodeStages];
+  float* partial;      // [blocks][partial_floats]: sums of shares
+  int partial_floats;  // of one unit, [matrix][token][out_tile]
+  uint64_t* flags;     // [kDecodeFlagRows][blocks], any content
+  uint64_t nonce;      // never the same in two calls
+  int blocks;          // grid size
+  int slots;           // of each warp's ring in shared memory, 3 at least
 };
 
 FIPS_INLINE FIPS_HOST_DEVICE int matrices_of(const DecodeTask& task, int stage) {
@@ -66,19 +71,15 @@ FIPS_INLINE FIPS_HOST_DEVICE int matrix_of(int stage, int which) {
   return stage <= kHiddenStage ? stage + which : stage + 1;
 }
 
-FIPS_INLINE FIPS_HOST_DEVICE int64_t tiles_of(const DecodeTask& task, int stage) {
-  return ceil_div(task.matrix[matrix_of(stage, 0)].out_features, kDecodeOut);
-}
+// Throws for arguments that cannot be run. Pointers into the workspace, nonce and slots are unset.
+DecodeTask make_decode_task(const SharedMlpDecodeParams& params, int sm_count);
 
-// The task but for flags, nonce, blocks, slots and the workspace's features. Throws for arguments
-// that cannot be run.
-DecodeTask make_decode_task(const SharedMlpDecodeParams& params);
-
-// Where z, h and w lie in the workspace, behind the flags.
+// Where flags, z, h, w and partial sums lie in the workspace, in bytes.
 struct DecodeWorkspace {
-  int64_t features_at[kDecodeStages + 1];  // z, h and w in bytes; the others unused
+  int64_t features_at[kDecodeStages + 1];  // the first and last unused
+  int64_t partial_at;
   int64_t bytes;
 };
-DecodeWorkspace plan_workspace(const DecodeTask& task, int blocks, int64_t element_bytes);
+DecodeWorkspace plan_workspace(const DecodeTask& task, int64_t element_bytes);
 
 }  // namespace fips::cuda
