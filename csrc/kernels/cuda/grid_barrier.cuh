@@ -28,7 +28,9 @@ FIPS_DEVICE void clear_flag(uint64_t* flags) {
 // Until blocks first ... first + count - 1 have raised theirs.
 template <int kThreads>
 FIPS_DEVICE void wait_for_flags(const uint64_t* flags, uint64_t nonce, int first, int count) {
+  FIPS_UNROLL_BY(1)
   for (int i = thread_index(); i < count; i += kThreads) {
+    FIPS_UNROLL_BY(1)
     while (load_acquire(flags + first + i) != nonce) {
       spin();
     }

@@ -47,7 +47,7 @@ DecodeMatrix dense_matrix(const void* values, int64_t rows, int64_t cols, bool c
   m.in_features = static_cast<int>(columns ? rows : cols);
   m.out_features = static_cast<int>(columns ? cols : rows);
   m.columns = columns;
-  m.row_stride = cols;
+  m.row_stride = static_cast<int>(cols);
   m.wide = is_aligned(values, kChunkBytes) && cols * element % kChunkBytes == 0;
   return m;
 }

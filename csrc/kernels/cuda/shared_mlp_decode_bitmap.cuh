@@ -21,10 +21,12 @@ struct MaskScan {
 FIPS_DEVICE void scan_mask(const uint32_t* mask, const SlotRange& slots, int at, MaskScan& scan) {
   const int lane = lane_index(), first = slots.begin / 32, words = slots.end / 32 - first;
   uint32_t mine = 0;
+  FIPS_UNROLL_BY(4)
   for (int word = lane; word < first; word += kWarpSize) {
     mine += popcount(mask[word]);
   }
   uint32_t before = first > 0 ? warp_sum(mine) : 0;
+  FIPS_UNROLL_BY(1)
   for (int base = 0; base < words; base += kWarpSize) {
     const int word = base + lane;
     const uint32_t bits = word < words ? mask[first + word] : 0;
@@ -99,6 +101,7 @@ FIPS_DEVICE void expand_step(const DecodeMatrix& m, const StepMeta& meta, const 
                              MaskScan& scan, unsigned char* step) {
   const BitmapParts parts = bitmap_parts<T>(m);
   int words = 0;
+  FIPS_UNROLL_BY(1)
   for (int part = 0; part < parts.count; ++part) {
     const int offset = part * parts.positions, id = meta.id[offset / kDecodeGroup];
     const SlotRange slots = part_slots(m, place, place.position + offset, parts.positions);
@@ -110,6 +113,7 @@ FIPS_DEVICE void expand_step(const DecodeMatrix& m, const StepMeta& meta, const 
   }
   warp_barrier();
   words = 0;
+  FIPS_UNROLL_BY(1)
   for (int part = 0; part < parts.count; ++part) {
     const int offset = part * parts.positions;
     words += expand_part<T>(m, meta.id[offset / kDecodeGroup], place, offset, parts.positions, scan,

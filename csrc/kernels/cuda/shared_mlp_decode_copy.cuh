@@ -12,15 +12,22 @@ struct StepPlace {
   int position;       // first position of the reduction
 };
 
+// What a slot of a warp's ring holds. `id` and `feature`: the stored block (a dense matrix has
+// block 0 only) and the first input feature of each group of 16 positions; -1: none, read as zeros.
+struct alignas(kChunkBytes) StepMeta {
+  int segment;  // running number of (stage, unit, matrix); -1: the warp has no further step
+  int stage;
+  int step;  // along the reduction
+  int unused;
+  int id[kDecodeMaxGroups];
+  int feature[kDecodeMaxGroups];
+};
+
 // Index entries of a step; lane l: group l % 4.
 struct GroupRef {
   BlockRef block;                // -1: none
   int values_begin, values_end;  // `bitmap`: its packed values
 };
-
-FIPS_DEVICE int id_of_group(const GroupRef& ref, int group) {
-  return static_cast<int>(shuffle(static_cast<uint32_t>(ref.block.id), group));
-}
 
 FIPS_DEVICE int in_block(int index, int shift) { return index & ((1 << shift) - 1); }
 
@@ -45,31 +52,30 @@ FIPS_DEVICE void each_pass(int passes, bool wide, const Copy& copy) {
 
 // Row step: eight lanes to a row, so a lane stays at one chunk of positions.
 template <class T>
-FIPS_DEVICE void copy_rows(const DecodeMatrix& m, const StepPlace& place, const GroupRef& ref,
+FIPS_DEVICE void copy_rows(const DecodeMatrix& m, const StepPlace& place, const StepMeta& meta,
                            unsigned char* step) {
   constexpr int kChunk = DecodeStep<T>::kChunk, kRows = kWarpSize / 8;
   const int chunk = lane_index() % 8, first = lane_index() / 8;
   const int position = place.position + chunk * kChunk;
-  const int id = id_of_group(ref, chunk / DecodeStep<T>::kGroupChunks);
   const T* values = static_cast<const T*>(m.values);
   const T* source = values;
-  int64_t stride = m.row_stride;
-  int count = kChunk, rows = kRowStepOut;
+  int stride = m.row_stride, count = kChunk, rows = kRowStepOut;
   if (m.range == nullptr) {
-    source += (place.out + first) * stride + position;
+    source += (place.out + first) * int64_t{stride} + position;
     count = elements_below(position, m.in_features, kChunk);
     rows = m.out_features - place.out;
   } else {
+    const int id = meta.id[chunk / DecodeStep<T>::kGroupChunks];
     const int j = in_block(place.out, m.out_shift) + first;
     source += id * int64_t{m.slots} + (j << m.k_shift) + in_block(position, m.reduce_shift);
-    stride = int64_t{1} << m.k_shift;
+    stride = 1 << m.k_shift;
     count = id < 0 ? 0 : kChunk;
   }
   each_pass<kRowStepOut / kRows>(place.out_tile / kRows, m.wide, [&](int pass, bool wide) {
     const int row = pass * kRows + first;
     const int valid = row < rows ? count : 0;
     stage_chunk(step + row_step_offset(row, chunk),
-                valid > 0 ? source + pass * kRows * stride : values, valid, wide);
+                valid > 0 ? source + pass * kRows * int64_t{stride} : values, valid, wide);
   });
 }
 
@@ -80,30 +86,43 @@ FIPS_DEVICE int column_chunks_shift(int out_tile) {
   return chunks == 2 ? 1 : chunks == 4 ? 2 : 3;
 }
 
-// Column step: two, four or eight lanes to a row, so a lane stays at one chunk of outputs.
+// Column step: two, four or eight lanes to a row, so a lane stays at one chunk of outputs. Its two
+// groups of 16 positions may lie in different blocks.
 template <class T>
-FIPS_DEVICE void copy_columns(const DecodeMatrix& m, const StepPlace& place, const GroupRef& ref,
+FIPS_DEVICE void copy_columns(const DecodeMatrix& m, const StepPlace& place, const StepMeta& meta,
                               unsigned char* step) {
-  constexpr int kChunk = DecodeStep<T>::kChunk;
+  constexpr int kChunk = DecodeStep<T>::kChunk, kGroups = kColumnStepReduce / kDecodeGroup;
   const int shift = column_chunks_shift<T>(place.out_tile), chunks = 1 << shift;
   const int chunk = lane_index() & (chunks - 1), first = lane_index() >> shift;
   const int out = place.out + chunk * kChunk;
   const T* values = static_cast<const T*>(m.values);
-  each_pass<8>(chunks, m.wide, [&](int pass, bool wide) {
-    const int row = pass * (kWarpSize >> shift) + first, position = place.position + row;
-    const int id = id_of_group(ref, row / kDecodeGroup);
-    int64_t offset;
-    int count;
+  const T* source[kGroups];
+  int count[kGroups], stride = m.row_stride, rows = kColumnStepReduce;
+  FIPS_UNROLL
+  for (int group = 0; group < kGroups; ++group) {
+    const int position = place.position + group * kDecodeGroup;
     if (m.range == nullptr) {
-      offset = position * m.row_stride + out;
-      count = position < m.in_features ? elements_below(out, m.out_features, kChunk) : 0;
+      source[group] = values + position * int64_t{stride} + out;
+      count[group] = elements_below(out, m.out_features, kChunk);
     } else {
-      const int j = in_block(position, m.reduce_shift);
-      offset = id * int64_t{m.slots} + (j << m.k_shift) + in_block(out, m.out_shift);
-      count = id < 0 ? 0 : kChunk;
+      const int id = meta.id[group], j = in_block(position, m.reduce_shift);
+      source[group] =
+          values + id * int64_t{m.slots} + (j << m.k_shift) + in_block(out, m.out_shift);
+      count[group] = id < 0 ? 0 : kChunk;
     }
-    stage_chunk(step + column_step_offset(row, chunk, shift), count > 0 ? values + offset : values,
-                count, wide);
+  }
+  if (m.range == nullptr) {
+    rows = m.in_features - place.position;
+  } else {
+    stride = 1 << m.k_shift;
+  }
+  each_pass<8>(chunks, m.wide, [&](int pass, bool wide) {
+    const int row = pass * (kWarpSize >> shift) + first;
+    const bool second = row >= kDecodeGroup;
+    const int valid = row < rows ? second ? count[1] : count[0] : 0;
+    const T* from = (second ? source[1] : source[0]) + row % kDecodeGroup * int64_t{stride};
+    stage_chunk(step + column_step_offset(row, chunk, shift), valid > 0 ? from : values, valid,
+                wide);
   });
 }
 
@@ -139,14 +158,16 @@ FIPS_DEVICE SlotRange part_slots(const DecodeMatrix& m, const StepPlace& place, 
 }
 
 template <class T>
-FIPS_DEVICE void copy_mask(const DecodeMatrix& m, const StepPlace& place, const GroupRef& ref,
+FIPS_DEVICE void copy_mask(const DecodeMatrix& m, const StepPlace& place, const StepMeta& meta,
                            unsigned char* step) {
   const BitmapParts parts = bitmap_parts<T>(m);
+  FIPS_UNROLL_BY(1)
   for (int part = 0; part < parts.count; ++part) {
     const int offset = part * parts.positions;
-    const int id = id_of_group(ref, offset / kDecodeGroup);
+    const int id = meta.id[offset / kDecodeGroup];
     const SlotRange slots = part_slots(m, place, place.position + offset, parts.positions);
     const uint8_t* mask = m.bitmap.mask + id * int64_t{m.slots / 8};
+    FIPS_UNROLL_BY(1)
     for (int byte = lane_index() * kChunkBytes; id >= 0 && byte < slots.end / 8;
          byte += kWarpSize * kChunkBytes) {
       stage_chunk(step + part * parts.mask_stride + byte, mask + byte, kChunkBytes, m.wide_mask);
@@ -172,6 +193,7 @@ FIPS_DEVICE void prefetch_values(const DecodeMatrix& m, const StepPlace& place,
       static_cast<const unsigned char*>(m.values) + begin * static_cast<int64_t>(sizeof(T));
   const int64_t first = stored * slots.begin / m.slots * static_cast<int64_t>(sizeof(T));
   const int64_t last = stored * slots.end / m.slots * static_cast<int64_t>(sizeof(T));
+  FIPS_UNROLL_BY(1)
   for (int64_t byte = first + worker * kLine; byte < last; byte += kWorkers * kLine) {
     prefetch_l2(values + byte);
   }

@@ -96,6 +96,7 @@ template <int kTokens>
 FIPS_DEVICE void publish_share(const DecodeTask& task, int stage, const DecodeSums<kTokens>& sums) {
   const int out_tile = task.split[stage].out_tile;
   float* target = task.partial + block_index() * task.partial_floats;
+  FIPS_UNROLL_BY(1)
   for (int which = 0; which < matrices_of(task, stage); ++which) {
     each_output(task, out_tile, [&](int i, int token, int out) {
       target[which * task.tokens * out_tile + i] = sums.total(which, token, out);
@@ -109,6 +110,7 @@ FIPS_DEVICE float with_shares(const DecodeTask& task, int stage, int which, int 
   const StageSplit& split = task.split[stage];
   const float* source = task.partial + (block_index() + 1) * task.partial_floats +
                         which * task.tokens * split.out_tile + i;
+  FIPS_UNROLL_BY(2)
   for (int share = 1; share < split.shares; ++share, source += task.partial_floats) {
     sum += *source;
   }
@@ -148,6 +150,7 @@ template <class T>
 FIPS_DEVICE void copy_identity(const DecodeTask& task) {
   const DecodeFeatures &x = task.features[0], &z = task.features[1];
   const int64_t count = int64_t{task.tokens} * task.width;
+  FIPS_UNROLL_BY(1)
   for (int64_t i = block_index() * kDecodeThreads + thread_index(); i < count;
        i += int64_t{task.blocks} * kDecodeThreads) {
     const int64_t token = i / task.width, feature = i % task.width;
@@ -166,12 +169,6 @@ class DecodeWarp {
   FIPS_DEVICE_MEMBER explicit DecodeWarp(const DecodeTask& task)
       : task_(task), shared_(task.slots, task.bitmap), at_(open_stream<T>(task)) {
     ref_ = load_group<T>(task_, at_);
-    FIPS_UNROLL_BY(1)
-    for (int slot = 0; slot + 1 < shared_.ring.slots; ++slot) {
-      issue_step<T>(task_, shared_.ring, slot, at_, ref_);
-    }
-    refill_ = shared_.ring.slots - 1;
-    warp_barrier();
   }
 
   // Once the features of `stage` are there.
@@ -181,18 +178,25 @@ class DecodeWarp {
     return {shared_.sums, task_.split[stage].out_tile + 4};
   }
 
-  // Sums the warp's steps of the next segment and leaves the block's sums in shared memory.
-  FIPS_DEVICE_MEMBER void sum_segment(int stage, int which, int unit) {
+  // Sums the warp's steps of the next segment and leaves the block's sums in shared memory. With
+  // `fill`, the very first time, only starts as many steps as the ring holds: in the same loop,
+  // since the code that starts a step is large.
+  FIPS_DEVICE_MEMBER void sum_segment(int stage, int which, int unit, bool fill) {
     const DecodeMatrix& m = task_.matrix[matrix_of(stage, which)];
     const WarpRing& ring = shared_.ring;
     const int out_tile = task_.split[stage].out_tile;
     WarpSums<T, kTokens> total{};
     FIPS_UNROLL_BY(1)
-    while (ring.meta[slot_].segment == segment_) {
-      wait_for_step(ring.slots);
-      warp_barrier();  // the step is here for all lanes, and all are done with the one before
+    while (fill ? refill_ + 1 < ring.slots : ring.meta[slot_].segment == segment_) {
+      if (!fill) {
+        wait_for_step(ring.slots);
+        warp_barrier();  // the step is here for all lanes, and all are done with the one before
+      }
       issue_step<T>(task_, ring, refill_, at_, ref_);
-      warp_barrier();  // with two slots, the next step's description was only just written
+      if (fill) {
+        ++refill_;
+        continue;
+      }
       const StepFeatures<T, kTokens> x = next_;
       load_next(stage, ring.next(slot_));
       if (m.bitmap.mask != nullptr) {
@@ -205,6 +209,9 @@ class DecodeWarp {
       total.add_step(m.columns, out_tile, ring.at(slot_), x, shared_.scratch);
       refill_ = slot_;
       slot_ = ring.next(slot_);
+    }
+    if (fill) {
+      return;
     }
     ++segment_;
     sums(stage).collect(which, [&](const auto& store) { total.each(out_tile, store); });
@@ -233,6 +240,7 @@ FIPS_DEVICE void clear_early_flags(const DecodeTask& task) {
   clear_flag(share_flags(task, 0));
 }
 FIPS_DEVICE void clear_late_flags(const DecodeTask& task) {
+  FIPS_UNROLL_BY(1)
   for (int row = 1; row < kDecodeFlagRows; ++row) {
     if (row != kDecodeBarriers) {  // the shares of stage 0
       clear_flag(task.flags + row * task.blocks);
@@ -245,9 +253,6 @@ FIPS_KERNEL(kDecodeThreads, 1)
 shared_mlp_decode_kernel(const DecodeTask task) {
   clear_late_flags(task);
   DecodeWarp<T, kTokens> warp(task);
-  if (task.identity) {
-    copy_identity<T>(task);
-  }
   FIPS_UNROLL_BY(1)
   for (int stage = 0; stage < kDecodeStages; ++stage) {
     if (stage > 0) {
@@ -256,13 +261,22 @@ shared_mlp_decode_kernel(const DecodeTask task) {
     if (stage == 2) {
       clear_early_flags(task);
     }
-    warp.begin_stage(stage);
-    const WorkRange units = units_of(task.split[stage].units, block_index(), task.blocks);
+    const WorkRange units = units_of(task.split[stage], static_cast<int>(block_index()));
     FIPS_UNROLL_BY(1)
-    for (int unit = units.begin; unit < units.end; ++unit) {
+    for (int unit = units.begin - (stage == 0 ? 1 : 0); unit < units.end; ++unit) {
+      const bool fill = unit < units.begin;
+      if (unit == units.begin) {
+        warp.begin_stage(stage);
+      }
       FIPS_UNROLL_BY(1)
-      for (int which = 0; which < matrices_of(task, stage); ++which) {
-        warp.sum_segment(stage, which, unit);
+      for (int which = 0; which < (fill ? 1 : matrices_of(task, stage)); ++which) {
+        warp.sum_segment(stage, which, unit, fill);
+      }
+      if (fill) {
+        if (task.identity) {
+          copy_identity<T>(task);
+        }
+        continue;
       }
       block_barrier();
       finish_unit<T, kTokens>(task, stage, unit, warp.sums(stage));

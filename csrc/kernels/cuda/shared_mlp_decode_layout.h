@@ -49,6 +49,7 @@ struct StageSplit {
   int out_tile;  // outputs of a tile
   int shares;    // of each tile's reduction; more than one only if every unit has its own block
   int units;
+  int whole, rest;  // the first `rest` blocks have whole + 1 units, the others `whole`
 };
 
 // `steps`: of a tile's reduction, on average. Wide tiles read in long lines and share the features
@@ -61,7 +62,9 @@ inline StageSplit choose_split(int64_t outputs, int widest, int64_t steps, int64
     const int64_t shares = tiles == 0 ? 1 : max_of(1, min_of(blocks / tiles, steps / kDecodeWarps));
     const double longest = static_cast<double>(ceil_div(tiles, blocks) * tile) / shares;
     if (tile == widest || longest < 0.8 * least) {
-      best = {tile, static_cast<int>(shares), static_cast<int>(tiles * shares)};
+      const int64_t units = tiles * shares;
+      best = {tile, static_cast<int>(shares), static_cast<int>(units),
+              static_cast<int>(units / blocks), static_cast<int>(units % blocks)};
       least = longest;
     }
   }
@@ -72,14 +75,10 @@ struct WorkRange {
   int begin, end;
 };
 
-// Block `block` of `blocks` works on these of a stage's units; the numbers differ by one at most,
-// and neighbouring tiles, which read the same features, stay together.
-FIPS_INLINE FIPS_HOST_DEVICE WorkRange units_of(int64_t units, int64_t block, int64_t blocks) {
-  const int64_t parts = min_of(units, blocks);
-  if (block >= parts) {
-    return {0, 0};
-  }
-  return {static_cast<int>(block * units / parts), static_cast<int>((block + 1) * units / parts)};
+// The units of block `block`: neighbouring tiles, which read the same features, stay together.
+FIPS_INLINE FIPS_HOST_DEVICE WorkRange units_of(const StageSplit& split, int block) {
+  const int begin = block * split.whole + static_cast<int>(min_of(block, split.rest));
+  return {begin, begin + split.whole + (block < split.rest ? 1 : 0)};
 }
 
 // The steps of a reduction that share `share` of `shares` adds.

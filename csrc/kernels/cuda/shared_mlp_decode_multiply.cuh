@@ -29,6 +29,27 @@ FIPS_DEVICE Coord feature_place(int lane, int part) {
   }
 }
 
+// The first `count` elements of a chunk, the rest zeros, from memory of any alignment; a rolled
+// loop, since features are hardly ever read this way.
+template <class T>
+FIPS_DEVICE Chunk<T> load_chunk_slowly(const T* source, int count) {
+  constexpr int kInWord = 4 / static_cast<int>(sizeof(T));
+  uint32_t words[4] = {0, 0, 0, 0};
+  FIPS_UNROLL_BY(1)
+  for (int i = 0; i < count; ++i) {
+    uint32_t bits = 0;
+    memcpy(&bits, source + i, sizeof(T));
+    bits <<= i % kInWord * 16;
+    FIPS_UNROLL
+    for (int word = 0; word < 4; ++word) {
+      words[word] |= i / kInWord == word ? bits : 0;
+    }
+  }
+  Chunk<T> chunk;
+  memcpy(&chunk, words, sizeof chunk);
+  return chunk;
+}
+
 // Tokens past the last one, positions without a stored block and features past the edge are zeros.
 template <class T, int kTokens>
 FIPS_DEVICE void load_features(const DecodeTask& task, const StepMeta& meta,
@@ -48,7 +69,7 @@ FIPS_DEVICE void load_features(const DecodeTask& task, const StepMeta& meta,
     if (count == kChunk && source.wide) {
       features.part[i] = *reinterpret_cast<const Chunk<T>*>(from);
     } else if (count > 0) {
-      features.part[i] = load_chunk_narrow(from, count);
+      features.part[i] = load_chunk_slowly(from, count);
     }
   }
 }

@@ -7,17 +7,6 @@
 
 namespace fips::cuda {
 
-// What a slot of the ring holds. `id` and `feature`: the stored block and the first input feature
-// of each group of 16 positions; -1: none, read as zeros.
-struct alignas(kChunkBytes) StepMeta {
-  int segment;  // running number of (stage, unit, matrix); -1: the warp has no further step
-  int stage;
-  int step;  // along the reduction
-  int unused;
-  int id[kDecodeMaxGroups];
-  int feature[kDecodeMaxGroups];
-};
-
 struct WarpRing {
   unsigned char* steps;  // [slots][kDecodeStepBytes]
   StepMeta* meta;        // [slots]
@@ -30,13 +19,15 @@ struct WarpRing {
 // The warp's place in the stream.
 struct StreamCursor {
   int stage, which, unit, unit_end;  // which: matrix of the stage
+  int out;                           // first output of the unit
   int segment, dealt;                // dealt: steps of the thread block up to this segment's end
   int step, step_end;
   BlockRange range;  // of a slice: the tile's entries
 };
 
 FIPS_DEVICE int tile_of_unit(const DecodeTask& task, int stage, int unit) {
-  return unit / task.split[stage].shares;
+  const int shares = task.split[stage].shares;
+  return shares == 1 ? unit : unit / shares;
 }
 
 template <class T>
@@ -44,15 +35,18 @@ FIPS_DEVICE void open_segment(const DecodeTask& task, StreamCursor& at) {
   const DecodeMatrix& m = task.matrix[matrix_of(at.stage, at.which)];
   const StageSplit& split = task.split[at.stage];
   const int tile = tile_of_unit(task, at.stage, at.unit);
+  at.out = tile * split.out_tile;
   int length = m.in_features;
   if (m.range != nullptr) {
-    const int block = tile * split.out_tile >> m.out_shift;
+    const int block = at.out >> m.out_shift;
     at.range = clamp_range(m.range[block], m.range[block + 1], m.num_blocks, m.reduce_blocks);
     length = (at.range.end - at.range.begin) << m.reduce_shift;
   }
   const int reduce = DecodeStep<T>::reduce(m.columns);
-  const WorkRange steps =
-      steps_of((length + reduce - 1) / reduce, at.unit - tile * split.shares, split.shares);
+  const int all = (length + reduce - 1) / reduce;
+  const WorkRange steps = split.shares == 1
+                              ? WorkRange{0, all}
+                              : steps_of(all, at.unit - tile * split.shares, split.shares);
   at.step = steps.begin + first_step(warp_index(), at.dealt);
   at.step_end = steps.end;
   at.dealt += steps.end - steps.begin;
@@ -60,7 +54,7 @@ FIPS_DEVICE void open_segment(const DecodeTask& task, StreamCursor& at) {
 }
 
 FIPS_DEVICE void enter_stage(const DecodeTask& task, StreamCursor& at) {
-  const WorkRange units = units_of(task.split[at.stage].units, block_index(), task.blocks);
+  const WorkRange units = units_of(task.split[at.stage], static_cast<int>(block_index()));
   at.unit = units.begin;
   at.unit_end = units.end;
   at.which = 0;
@@ -153,18 +147,18 @@ FIPS_DEVICE void issue_step(const DecodeTask& task, const WarpRing& ring, int sl
     meta.id[lane] = ref.block.id;
     meta.feature[lane] = ref.block.id < 0 ? -1 : ref.block.feature;
   }
+  warp_barrier();  // the copies of all lanes read the description
   if (any) {
     const DecodeMatrix& m = task.matrix[matrix_of(at.stage, at.which)];
-    const int out_tile = task.split[at.stage].out_tile;
-    const StepPlace place{tile_of_unit(task, at.stage, at.unit) * out_tile, out_tile,
+    const StepPlace place{at.out, task.split[at.stage].out_tile,
                           at.step * DecodeStep<T>::reduce(m.columns)};
     if (m.bitmap.mask != nullptr) {
-      copy_mask<T>(m, place, ref, ring.at(slot));
+      copy_mask<T>(m, place, meta, ring.at(slot));
       prefetch_values<T>(m, place, ref);
     } else if (m.columns) {
-      copy_columns<T>(m, place, ref, ring.at(slot));
+      copy_columns<T>(m, place, meta, ring.at(slot));
     } else {
-      copy_rows<T>(m, place, ref, ring.at(slot));
+      copy_rows<T>(m, place, meta, ring.at(slot));
     }
     at.step += kDecodeWarps;
     settle<T>(task, at);

@@ -23,9 +23,9 @@ inline constexpr int kDecodeFlagRows = kDecodeBarriers + kDecodeStages;
 struct DecodeMatrix {
   const void* values;
   int in_features, out_features;
-  bool columns;        // outputs, not the reduction, are contiguous
-  bool wide;           // 16-byte accesses are aligned
-  int64_t row_stride;  // of a dense matrix, in elements
+  int row_stride;  // of a dense matrix, in elements
+  bool columns;    // outputs, not the reduction, are contiguous
+  bool wide;       // 16-byte accesses are aligned
 
   const int32_t* range;         // null: dense; else as in block_sparse_mm_task.h
   const int32_t* reduce_index;  // ditto
