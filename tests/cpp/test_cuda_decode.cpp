@@ -3,6 +3,7 @@
 // matrices.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -13,6 +14,7 @@
 #include "core/pack.h"
 #include "kernels/cuda/emulation.h"
 #include "kernels/cuda/shared_mlp_decode.h"
+#include "kernels/cuda/shared_mlp_decode_launch.h"
 #include "kernels/cuda/shared_mlp_decode_task.h"
 
 namespace fips::cuda {
@@ -331,8 +333,9 @@ class EveryDecodeBlock : public testing::TestWithParam<std::tuple<int, int, bool
   Case make() const {
     const auto [bk, bn, bitmap] = GetParam();
     Case c = with_blocks({bk, bn}, {bn, bk}, {bn, bk});
-    c.rank = 150;
-    c.hidden = 290;
+    c.rank = 140;
+    c.hidden = 150;
+    c.sm_count = 2;
     c.gated = (bk + bn) % 3 == 0;
     c.activation = Activation::kSilu;
     return bitmap ? all_bitmap(c) : c;
@@ -344,6 +347,7 @@ TEST_P(EveryDecodeBlock, BFloat16) { expect_right<BFloat16>(make()); }
 TEST_P(EveryDecodeBlock, Float32) {
   Case c = make();
   c.tokens = 9;
+  c.sm_count = 1;
   expect_right<float>(c);
 }
 
@@ -356,9 +360,10 @@ TEST(CudaDecode, EveryCountOfTokensInBothOrders) {
     Case c = with_blocks({64, 32}, {16, 128}, {32, 64});
     c.tokens = tokens;
     c.gated = true;
+    c.sm_count = 2;
     expect_right<BFloat16>(c, true);
     expect_right<Half>(c);
-    expect_right<float>(all_bitmap(c), true);
+    expect_right<float>(all_bitmap(c), tokens == 3);
   }
 }
 
@@ -370,6 +375,7 @@ TEST(CudaDecode, EveryActivation) {
       Case c;
       c.activation = activation;
       c.gated = gated;
+      c.sm_count = 1;
       expect_right<float>(c);
     }
   }
@@ -430,14 +436,16 @@ TEST(CudaDecode, LongReductions) {
   for (const int shared_bytes : {227 * 1024, 163 * 1024, 99 * 1024}) {
     Case c = with_blocks({64, 64}, {64, 64}, {64, 64});
     c.width = 40;
-    c.rank = 1200;
-    c.hidden = 1000;
+    c.rank = 800;
+    c.hidden = 400;
     c.density = 0.8;
     c.shared_bytes = shared_bytes;
+    c.sm_count = 2;
     c.tokens = shared_bytes == 99 * 1024 ? 16 : 2;
-    expect_right<BFloat16>(c, true);
-    c.rank = 400;
-    c.hidden = 300;
+    expect_right<BFloat16>(c);
+    c.rank = 300;
+    c.hidden = 200;
+    c.sm_count = 1;
     expect_right<float>(all_bitmap(c));
   }
 }
@@ -456,10 +464,10 @@ TEST(CudaDecode, SharesOfTheReduction) {
   for (const bool bitmap : {false, true}) {
     Case c = with_blocks({64, 64}, {16, 64}, {64, 64});
     c.width = 64;
-    c.rank = 700;
+    c.rank = 400;
     c.hidden = 128;
     c.own_base_out = true;
-    c.rank_out = 1400;
+    c.rank_out = 1100;
     c.gated = true;
     c.density = 1.0;
     c.sm_count = 9;
@@ -468,7 +476,7 @@ TEST(CudaDecode, SharesOfTheReduction) {
     const DecodeTask task = make_decode_task(Problem<BFloat16>(c).params(), c.sm_count);
     EXPECT_GT(task.split[kDecodeStages - 1].shares, 1);
     expect_right<BFloat16>(c, true);
-    expect_right<float>(c, true);
+    expect_right<float>(c);
   }
 }
 
@@ -507,6 +515,30 @@ TEST(CudaDecode, SameBitsOnEveryRun) {
   EXPECT_TRUE(same_bits(problem.y, first)) << "depends on the order of blocks or warps";
   problem.run(false, 3);
   EXPECT_TRUE(same_bits(problem.y, first)) << "depends on what is left in the workspace";
+}
+
+// What a graph does: the same launch, nonce included, on the same memory with other tokens. A flag
+// left from the last replay would let a block read old features.
+TEST(CudaDecode, ReplaysOfOneLaunch) {
+  for (const bool reverse : {false, true}) {
+    Case c = with_blocks({64, 64}, {64, 64}, {64, 64});
+    c.width = 64;
+    c.rank = 600;  // stages 0, 2 and 3 in shares
+    c.hidden = 700;
+    c.sm_count = 7;
+    Problem<BFloat16> problem(c);
+    emulation::settings() = {{c.sm_count, 80, c.shared_bytes}, reverse};
+    DecodeTask task = make_decode_task(problem.params(), c.sm_count);
+    std::vector<uint64_t> workspace(ceil_div(plan_workspace(task, 2).bytes, 8), ~0ull);
+    bind_workspace(task, workspace.data(), 2);
+    task.nonce = 12345;
+    for (int replay = 0; replay < 3; ++replay) {
+      memset(problem.y.data(), 0xff, problem.y.size() * sizeof(BFloat16));
+      launch_decode<BFloat16>(task, c.shared_bytes, nullptr);
+      expect_outputs(problem);
+      std::rotate(problem.x.begin(), problem.x.begin() + 1, problem.x.end());
+    }
+  }
 }
 
 // A device index cannot be validated on the host without waiting for the GPU: a broken one must be

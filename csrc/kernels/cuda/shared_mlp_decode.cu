@@ -167,6 +167,16 @@ DecodeWorkspace plan_workspace(const DecodeTask& task, int64_t element_bytes) {
   return plan;
 }
 
+void bind_workspace(DecodeTask& task, void* workspace, int64_t element_bytes) {
+  const DecodeWorkspace plan = plan_workspace(task, element_bytes);
+  char* memory = static_cast<char*>(workspace);
+  task.flags = static_cast<uint64_t*>(workspace);
+  for (int i = 1; i < kDecodeStages; ++i) {
+    task.features[i].data = memory + plan.features_at[i];
+  }
+  task.partial = reinterpret_cast<float*>(memory + plan.partial_at);
+}
+
 int64_t shared_mlp_decode_workspace_bytes(const SharedMlpDecodeParams& params) {
   const DecodeTask task = make_decode_task(params, current_device().sm_count);
   return plan_workspace(task, element_size(params.dtype)).bytes;
@@ -180,13 +190,7 @@ void shared_mlp_decode(const SharedMlpDecodeParams& params, void* workspace, Str
   }
   FIPS_CHECK(is_aligned(workspace, kChunkBytes), kOp, ": workspace must be aligned to ",
              kChunkBytes, " bytes");
-  const DecodeWorkspace plan = plan_workspace(task, element_size(params.dtype));
-  char* memory = static_cast<char*>(workspace);
-  task.flags = static_cast<uint64_t*>(workspace);
-  for (int i = 1; i < kDecodeStages; ++i) {
-    task.features[i].data = memory + plan.features_at[i];
-  }
-  task.partial = reinterpret_cast<float*>(memory + plan.partial_at);
+  bind_workspace(task, workspace, element_size(params.dtype));
   task.nonce = next_nonce();
   with_element_type(kOp, params.dtype, [&](auto element) {
     launch_decode<decltype(element)>(task, device.max_shared_bytes, stream);

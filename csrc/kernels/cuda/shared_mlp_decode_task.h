@@ -81,5 +81,6 @@ struct DecodeWorkspace {
   int64_t bytes;
 };
 DecodeWorkspace plan_workspace(const DecodeTask& task, int64_t element_bytes);
+void bind_workspace(DecodeTask& task, void* workspace, int64_t element_bytes);
 
 }  // namespace fips::cuda
