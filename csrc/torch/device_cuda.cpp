@@ -7,6 +7,7 @@
 #include "kernels/cuda/planner.h"
 #include "kernels/cuda/reduce.h"
 #include "kernels/cuda/residual.h"
+#include "kernels/cuda/shared_mlp_fused.h"
 
 namespace fips {
 
@@ -21,11 +22,17 @@ MmPath CudaDevice::mm_path(const MmShape& shape) const { return cuda::choose_mm_
 
 MmPath CudaDevice::sddmm_path(const MmShape& shape) const { return cuda::choose_sddmm_path(shape); }
 
-int64_t CudaDevice::few_tokens() const { return 0; }
-
 int64_t CudaDevice::chunk_tokens(int64_t hidden) const {
   constexpr int64_t kChunkElements = int64_t{64} << 20;
   return max_of(1024, kChunkElements / max_of(1, hidden));
+}
+
+WholeMlp CudaDevice::shared_mlp(const SharedMlpParams& params) const {
+  if (params.tokens > 0 && cuda::fuses_shared_mlp(params, cuda::current_device())) {
+    cuda::shared_mlp_fused(params, scope_.stream());
+    return WholeMlp::kDone;
+  }
+  return WholeMlp::kNone;
 }
 
 bool CudaDevice::block_sparse_mm(const BlockSparseMmParams& params,

@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "elements.h"
-#include "kernels/shared_mlp_decode.h"
+#include "kernels/shared_mlp.h"
 #include "slices.h"
 
 namespace fips::testing {
@@ -72,8 +72,8 @@ class MlpProblem {
         down_bias(random_vector(c.width, 9), c.dtype) {}
 
   // Kernels may ask for alignment: everything starts at a multiple of 16 bytes, y included.
-  SharedMlpDecodeParams params() {
-    SharedMlpDecodeParams p;
+  SharedMlpParams params() {
+    SharedMlpParams p;
     p.dtype = c.dtype;
     p.width = c.width;
     p.x = aligned(x, c.tokens * c.width);

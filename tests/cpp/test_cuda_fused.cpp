@@ -25,7 +25,7 @@ void expect_close(const MlpCase& c, int shared_bytes = kHopperBytes, bool revers
                                     << " block " << c.bk << "x" << c.bn << " gated " << c.gated);
   emulation::settings() = {{132, 90, shared_bytes}, reverse};
   MlpProblem problem(c);
-  const SharedMlpDecodeParams params = problem.params();
+  const SharedMlpParams params = problem.params();
   ASSERT_TRUE(fuses_shared_mlp(params, current_device()));
   shared_mlp_fused(params, nullptr);
   EXPECT_LT(problem.relative_error(), tolerance_of(c.dtype));
@@ -91,10 +91,10 @@ TEST(CudaFused, ChunksOfHGiveTheSameResult) {
   c.hidden = 400;
   MlpProblem whole(c), chunked(c);
   emulation::settings() = {{132, 90, kHopperBytes}, false};
-  const SharedMlpDecodeParams params = whole.params();
+  const SharedMlpParams params = whole.params();
   ASSERT_EQ(plan_fused(params, current_device())->chunk, 400);
   shared_mlp_fused(params, nullptr);
-  const SharedMlpDecodeParams again = chunked.params();
+  const SharedMlpParams again = chunked.params();
   emulation::settings().device.max_shared_bytes = 24 * 1024;
   ASSERT_LT(plan_fused(again, current_device())->chunk, 400);
   shared_mlp_fused(again, nullptr);
@@ -149,10 +149,10 @@ TEST(CudaFused, BrokenIndicesStayInBounds) {
 TEST(CudaFused, RefusesWhatItCannotDo) {
   emulation::settings() = {{132, 90, kHopperBytes}, false};
   MlpProblem problem(MlpCase{});
-  const SharedMlpDecodeParams good = problem.params();
-  const auto takes = [](SharedMlpDecodeParams p) { return fuses_shared_mlp(p, current_device()); };
+  const SharedMlpParams good = problem.params();
+  const auto takes = [](SharedMlpParams p) { return fuses_shared_mlp(p, current_device()); };
   EXPECT_TRUE(takes(good));
-  SharedMlpDecodeParams bad = good;
+  SharedMlpParams bad = good;
   bad.identity = true;
   EXPECT_FALSE(takes(bad));
   bad = good;
@@ -167,8 +167,8 @@ TEST(CudaFused, RefusesWhatItCannotDo) {
   EXPECT_THROW(shared_mlp_fused(bad, nullptr), fips::Error);
 }
 
-SharedMlpDecodeParams shape(int64_t width, int64_t rank, int64_t hidden) {
-  SharedMlpDecodeParams p;
+SharedMlpParams shape(int64_t width, int64_t rank, int64_t hidden) {
+  SharedMlpParams p;
   p.width = width;
   p.rank = p.rank_out = rank;
   p.up.rows = rank;

@@ -7,7 +7,7 @@ namespace {
 
 constexpr const char* kOp = "shared_mlp";
 
-bool is_plain_slice(const BlockSparseView& v, const SharedMlpDecodeParams& p) {
+bool is_plain_slice(const BlockSparseView& v, const SharedMlpParams& p) {
   return !v.is_bitmap() && v.bn == p.up.bn && is_aligned(v.values, 8);
 }
 
@@ -34,7 +34,7 @@ void run(const FusedTask& task, bool gated, Stream stream) {
 
 }  // namespace
 
-bool fuses_shared_mlp(const SharedMlpDecodeParams& p, const DeviceInfo& device) {
+bool fuses_shared_mlp(const SharedMlpParams& p, const DeviceInfo& device) {
   const bool half = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
   const bool sizes = p.width % 16 == 0 && p.rank % 16 == 0 && p.rank_out % 16 == 0 && p.rank > 0 &&
                      p.rank_out > 0 && p.hidden() > 0 && p.hidden() < (1 << 24);
@@ -46,7 +46,7 @@ bool fuses_shared_mlp(const SharedMlpDecodeParams& p, const DeviceInfo& device) 
   return half && !p.identity && sizes && slices && aligned && plan_fused(p, device).has_value();
 }
 
-void shared_mlp_fused(const SharedMlpDecodeParams& params, Stream stream) {
+void shared_mlp_fused(const SharedMlpParams& params, Stream stream) {
   const DeviceInfo device = current_device();
   FIPS_CHECK(fuses_shared_mlp(params, device), kOp,
              ": these arguments have no fused kernel on this device; ask fuses_shared_mlp first");

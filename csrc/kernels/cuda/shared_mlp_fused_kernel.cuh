@@ -126,7 +126,7 @@ FIPS_DEVICE void compute_h(const FusedTask& task, int first, int features,
                            const TokenTile<typename Config::Element>& z,
                            const TokenTile<typename Config::Element>& h) {
   using T = typename Config::Element;
-  const SharedMlpDecodeParams& p = task.p;
+  const SharedMlpParams& p = task.p;
   for_each_unit<Config>(features / kStripOutputs, [&](int strip, int token) {
     const int column = first + strip * kStripOutputs;
     StripSums gate{}, up{};
@@ -245,7 +245,7 @@ FIPS_DEVICE void store_w(const FusedTask& task, const KeptSums<Config>& kept,
 template <class Config>
 FIPS_DEVICE void compute_y(const FusedTask& task, const TokenTile<typename Config::Element>& w) {
   using T = typename Config::Element;
-  const SharedMlpDecodeParams& p = task.p;
+  const SharedMlpParams& p = task.p;
   const int rank = static_cast<int>(p.rank_out);
   const T* base = static_cast<const T*>(p.base_out);
   const T* biases = static_cast<const T*>(p.down_bias);

@@ -5,7 +5,7 @@
 
 #include "kernels/cuda/device_info.h"
 #include "kernels/cuda/indexing.h"
-#include "kernels/shared_mlp_decode.h"
+#include "kernels/shared_mlp.h"
 
 namespace fips::cuda {
 
@@ -30,7 +30,7 @@ struct FusedPlan {
 // TokenTile::stride_of for 16-bit elements.
 inline int64_t fused_stride(int64_t features) { return round_up(2 * features, 128) + 32; }
 
-inline std::optional<FusedPlan> plan_fused_tile(const SharedMlpDecodeParams& p, int token_tile,
+inline std::optional<FusedPlan> plan_fused_tile(const SharedMlpParams& p, int token_tile,
                                                 int max_shared_bytes) {
   const int64_t units = p.rank_out / kFusedStrip * (token_tile / kFusedUnitTokens);
   const int64_t x_stride = fused_stride(p.width), w_stride = fused_stride(p.rank_out);
@@ -65,7 +65,7 @@ inline std::optional<FusedPlan> plan_fused_tile(const SharedMlpDecodeParams& p, 
 
 // The largest tile of tokens that fits: every weight is read once a tile. Null: the MLP is too
 // wide.
-inline std::optional<FusedPlan> plan_fused(const SharedMlpDecodeParams& p,
+inline std::optional<FusedPlan> plan_fused(const SharedMlpParams& p,
                                            const DeviceInfo& device) {
   for (const int token_tile : {128, 64}) {
     if (const auto plan = plan_fused_tile(p, token_tile, device.max_shared_bytes)) {
@@ -76,7 +76,7 @@ inline std::optional<FusedPlan> plan_fused(const SharedMlpDecodeParams& p,
 }
 
 struct FusedTask {
-  SharedMlpDecodeParams p;  // p.gate is not read
+  SharedMlpParams p;  // p.gate is not read
   BlockSparseView gate;
   FusedPlan plan;
 };

@@ -108,7 +108,7 @@ struct StripStep {
 template <class T, bool kTransposed, class Locate>
 FIPS_DEVICE void reduce_strip(StripSums& sums, int steps, int64_t weight_stride,
                               const TokenTile<T>& tile, int token, const Locate& locate) {
-  constexpr int kAhead = 4;
+  constexpr int kAhead = 3;
   WeightFragment weights[kAhead];
   int feature[kAhead];  // -1: nothing to add
   const auto load = [&](int slot, int i) {

@@ -1,5 +1,4 @@
-// The whole MLP on shared factors for a few tokens, the products in the order that decoding runs
-// them. Torch-free: raw pointers, sizes, strides.
+// The whole MLP on shared factors. Torch-free: raw pointers, sizes, strides.
 //   z = x U, with `identity` [x U, x]
 //   h = act(z V_up + b_up), or gated act(z V_gate + b_gate) * (z V_up + b_up)
 //   w = h V_down^T
@@ -9,11 +8,12 @@
 #include <cstdint>
 
 #include "core/format.h"
+#include "core/parallel.h"
 #include "kernels/activation.h"
 
 namespace fips {
 
-struct SharedMlpDecodeParams {
+struct SharedMlpParams {
   DType dtype = DType::kFloat32;  // of every matrix, vector and slice
   int64_t width = 0;              // d
 
@@ -40,4 +40,19 @@ struct SharedMlpDecodeParams {
   int64_t hidden() const { return up.cols; }
 };
 
+namespace cpu {
+
+// Decoding: y for a few tokens (kFewTokens in skinny_mm.h), where the time is that of reading the
+// weights and nothing else may show.
+
+// A gate must have the block edges and the encoding of `up`.
+bool decodes_shared_mlp(const SharedMlpParams& params);
+
+// Bytes of scratch memory (any content).
+int64_t shared_mlp_decode_workspace(const SharedMlpParams& params, const Parallel& parallel);
+
+// Safe for any index; false if entries out of range were skipped and y is meaningless.
+bool shared_mlp_decode(const SharedMlpParams& params, void* workspace, const Parallel& parallel);
+
+}  // namespace cpu
 }  // namespace fips
