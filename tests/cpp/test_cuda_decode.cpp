@@ -133,8 +133,8 @@ class Problem {
 
   int64_t rank_out() const { return c.own_base_out ? c.rank_out : c.rank; }
 
-  SharedMlpDecodeParams params() {
-    SharedMlpDecodeParams p;
+  SharedMlpParams params() {
+    SharedMlpParams p;
     p.dtype = kDType<T>;
     p.width = c.width;
     p.x = x.data() + c.skew;
@@ -163,7 +163,7 @@ class Problem {
   // Runs the kernel in a workspace of exactly the size that it asks for.
   void run(bool reverse = false, int times = 1) {
     emulation::settings() = {{c.sm_count, 80, c.shared_bytes}, reverse};
-    const SharedMlpDecodeParams p = params();
+    const SharedMlpParams p = params();
     std::vector<uint64_t> workspace(ceil_div(shared_mlp_decode_workspace_bytes(p), 8), ~0ull);
     for (int i = 0; i < times; ++i) {
       memset(y.data(), 0xff, y.size() * sizeof(T));
@@ -491,7 +491,7 @@ TEST(CudaDecode, EmptySlices) {
 TEST(CudaDecode, NoTokens) {
   Case c;
   Problem<float> problem(c);
-  SharedMlpDecodeParams p = problem.params();
+  SharedMlpParams p = problem.params();
   p.tokens = 0;
   shared_mlp_decode(p, nullptr, nullptr);
 }
@@ -596,7 +596,7 @@ TEST(CudaDecode, RefusesWhatItCannotRun) {
   Problem<float> problem(c);
   emulation::settings() = {};
   const auto refused = [&](auto change) {
-    SharedMlpDecodeParams p = problem.params();
+    SharedMlpParams p = problem.params();
     change(p);
     EXPECT_THROW(shared_mlp_decode_workspace_bytes(p), Error);
     EXPECT_THROW(shared_mlp_decode(p, nullptr, nullptr), Error);
@@ -709,7 +709,7 @@ void expect_no_conflict(const std::vector<int>& offsets) {
 }
 
 TEST(CudaDecodeLayout, StepsAreBijections) {
-  expect_bijection(kRowStepOut, 8, row_step_offset);
+  expect_bijection(kRowStepOut, 8, [](int out, int chunk) { return row_step_offset(out, chunk); });
   for (const int shift : {1, 2, 3}) {
     expect_bijection(kColumnStepReduce, 1 << shift, [&](int position, int chunk) {
       return column_step_offset(position, chunk, shift);

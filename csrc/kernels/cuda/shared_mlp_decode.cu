@@ -22,7 +22,7 @@ void check_slice(const BlockSparseView& v, const char* name, int64_t rows, int64
              " blocks; at most ", kMaxInFeatures, " are supported");
 }
 
-void check_params(const SharedMlpDecodeParams& p) {
+void check_params(const SharedMlpParams& p) {
   FIPS_CHECK(p.dtype != DType::kFloat64, kOp,
              ": float64 has no CUDA kernel; use float32, bfloat16 or float16");
   FIPS_CHECK(p.tokens >= 0 && p.tokens <= kDecodeTokens, kOp, ": got ", p.tokens, " tokens; 0 to ",
@@ -114,7 +114,7 @@ uint64_t next_nonce() {
 
 }  // namespace
 
-DecodeTask make_decode_task(const SharedMlpDecodeParams& p, int sm_count) {
+DecodeTask make_decode_task(const SharedMlpParams& p, int sm_count) {
   check_params(p);
   const int64_t element = element_size(p.dtype);
   DecodeTask task{};
@@ -177,12 +177,12 @@ void bind_workspace(DecodeTask& task, void* workspace, int64_t element_bytes) {
   task.partial = reinterpret_cast<float*>(memory + plan.partial_at);
 }
 
-int64_t shared_mlp_decode_workspace_bytes(const SharedMlpDecodeParams& params) {
+int64_t shared_mlp_decode_workspace_bytes(const SharedMlpParams& params) {
   const DecodeTask task = make_decode_task(params, current_device().sm_count);
   return plan_workspace(task, element_size(params.dtype)).bytes;
 }
 
-void shared_mlp_decode(const SharedMlpDecodeParams& params, void* workspace, Stream stream) {
+void shared_mlp_decode(const SharedMlpParams& params, void* workspace, Stream stream) {
   const DeviceInfo device = current_device();
   DecodeTask task = make_decode_task(params, device.sm_count);
   if (task.tokens == 0 || task.width == 0) {

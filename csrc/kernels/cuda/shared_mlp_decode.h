@@ -1,8 +1,8 @@
-// The MLP of kernels/shared_mlp_decode.h as one persistent kernel, for decoding.
+// The MLP of kernels/shared_mlp.h as one persistent kernel, for decoding.
 #pragma once
 
 #include "kernels/cuda/stream.h"
-#include "kernels/shared_mlp_decode.h"
+#include "kernels/shared_mlp.h"
 
 namespace fips::cuda {
 
@@ -11,7 +11,7 @@ inline constexpr int64_t kDecodeTokens = 16;
 
 // Bytes of workspace for this call on the current device. The content may be anything, so it can be
 // allocated anew for every call; a graph may replay the call on the same memory.
-int64_t shared_mlp_decode_workspace_bytes(const SharedMlpDecodeParams& params);
+int64_t shared_mlp_decode_workspace_bytes(const SharedMlpParams& params);
 
 // Every pointer is device memory of the current device, 1 to 16 tokens (0: nothing happens),
 // float32, bfloat16 or float16; `workspace` is aligned to 16 bytes and not shared with a call that
@@ -20,6 +20,6 @@ int64_t shared_mlp_decode_workspace_bytes(const SharedMlpDecodeParams& params);
 // once each (their gated halves are not), which is less often than a chain of products rounds.
 // Indices are not validated: entries out of range are skipped, never followed. Throws for sizes,
 // types or blocks that it cannot run.
-void shared_mlp_decode(const SharedMlpDecodeParams& params, void* workspace, Stream stream);
+void shared_mlp_decode(const SharedMlpParams& params, void* workspace, Stream stream);
 
 }  // namespace fips::cuda

@@ -6,7 +6,7 @@
 
 #include "kernels/cuda/block_sparse_mm_task.h"
 #include "kernels/cuda/shared_mlp_decode_layout.h"
-#include "kernels/shared_mlp_decode.h"
+#include "kernels/shared_mlp.h"
 
 namespace fips::cuda {
 
@@ -72,7 +72,7 @@ FIPS_INLINE FIPS_HOST_DEVICE int matrix_of(int stage, int which) {
 }
 
 // Throws for arguments that cannot be run. Pointers into the workspace, nonce and slots are unset.
-DecodeTask make_decode_task(const SharedMlpDecodeParams& params, int sm_count);
+DecodeTask make_decode_task(const SharedMlpParams& params, int sm_count);
 
 // Where flags, z, h, w and partial sums lie in the workspace, in bytes.
 struct DecodeWorkspace {
