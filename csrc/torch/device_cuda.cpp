@@ -7,6 +7,7 @@
 #include "kernels/cuda/planner.h"
 #include "kernels/cuda/reduce.h"
 #include "kernels/cuda/residual.h"
+#include "kernels/cuda/shared_mlp_decode.h"
 #include "kernels/cuda/shared_mlp_fused.h"
 #include "torch/tf32.h"
 
@@ -29,6 +30,12 @@ int64_t CudaDevice::chunk_tokens(int64_t hidden) const {
 }
 
 WholeMlp CudaDevice::shared_mlp(const SharedMlpParams& params) const {
+  if (params.tokens > 0 && params.tokens <= cuda::kDecodeTokens &&
+      params.dtype != DType::kFloat64) {
+    const Tensor memory = workspace(cuda::shared_mlp_decode_workspace_bytes(params));
+    cuda::shared_mlp_decode(params, memory.mutable_data_ptr(), scope_.stream());
+    return WholeMlp::kDone;
+  }
   if (params.tokens > 0 && cuda::fuses_shared_mlp(params, cuda::current_device())) {
     cuda::shared_mlp_fused(params, scope_.stream());
     return WholeMlp::kDone;

@@ -102,7 +102,7 @@ def test_block_sparse_sddmm(cuda, dtype, encoding, block):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
 def test_shared_mlp(cuda, dtype, activation):
-    for gated, encoding, tokens in itertools.product([False, True], ENCODINGS, [1, 70]):
+    for gated, encoding, tokens in itertools.product([False, True], ENCODINGS, [16, 70]):
         mlp = random_mlp(gated, True, False, True, encoding, dtype, activation=activation)
         x = randn(tokens, 24, dtype=dtype)
         y = cuda.ops.shared_mlp(cuda.put(x), *cuda.put(flat_arguments(mlp)))

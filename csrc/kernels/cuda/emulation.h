@@ -80,24 +80,47 @@ class Block {
     }
   }
 
-  void run(const std::function<void()>& kernel) {
+  // `kernel` outlives the block.
+  void start(const std::function<void()>& kernel) {
     kernel_ = &kernel;
-    current() = this;
     for (Fibre& fibre : fibres_) {
       start(fibre);
     }
+  }
+
+  // Every thread as far as it gets without other blocks.
+  struct Outcome {
+    bool unfinished, progressed;
+  };
+  Outcome advance() {
+    current() = this;
+    const int64_t first = progress_;
+    bool unfinished = true;
     try {
-      while (resume_all()) {
+      for (int64_t before = -1; unfinished && before != progress_;) {
+        before = progress_;
+        unfinished = resume_all();
+        if (unfinished && before == progress_ && perform_deferred()) {
+          ++progress_;
+        }
       }
-      FIPS_CHECK(deferred_.empty(), "emulation: a block ends with asynchronous copies under way");
-      if (extension_ != nullptr) {
-        extension_->finish();
+      if (!unfinished) {
+        finish();
       }
     } catch (...) {
       current() = nullptr;
       throw;
     }
     current() = nullptr;
+    return {unfinished, progress_ != first};
+  }
+
+  void run(const std::function<void()>& kernel) {
+    start(kernel);
+    FIPS_CHECK(
+        !advance().unfinished,
+        "emulation: deadlock, the threads of a block wait for each other at different places",
+        explain_deadlock());
   }
 
   static Block*& current() {
@@ -120,7 +143,7 @@ class Block {
       return;
     }
     while (meeting.generation == generation) {
-      swapcontext(&fibre().context, &scheduler_);
+      yield();
     }
   }
 
@@ -128,7 +151,7 @@ class Block {
   template <class Done>
   void wait_until(const Done& done) {
     while (!done()) {
-      swapcontext(&fibre().context, &scheduler_);
+      yield();
     }
     ++progress_;
   }
@@ -159,6 +182,13 @@ class Block {
     }
     return values;
   }
+
+  std::string explain_deadlock() const {
+    return extension_ == nullptr ? "" : extension_->explain_deadlock();
+  }
+
+  // Lets the other threads run, in this block and in others.
+  void yield() { swapcontext(&fibre().context, &scheduler_); }
 
   Fibre& fibre() { return fibres_[thread]; }
 
@@ -208,18 +238,18 @@ class Block {
   // first one runs far ahead of the last. False when all threads are done.
   bool resume_all() {
     const int warps = static_cast<int>(warps_.size());
-    const int64_t before = progress_;
     bool unfinished = false;
     for (int i = 0; i < warps; ++i) {
       unfinished |= resume_warp(reverse_ ? warps - 1 - i : i);
     }
-    if (unfinished && progress_ == before) {
-      FIPS_CHECK(perform_deferred(),
-                 "emulation: deadlock, the threads of a block wait for each other at different "
-                 "places",
-                 extension_ == nullptr ? "" : extension_->explain_deadlock());
-    }
     return unfinished;
+  }
+
+  void finish() {
+    FIPS_CHECK(deferred_.empty(), "emulation: a block ends with asynchronous copies under way");
+    if (extension_ != nullptr) {
+      extension_->finish();
+    }
   }
 
   bool perform_deferred() {
@@ -286,6 +316,34 @@ void run_grid(Kernel* kernel, int64_t blocks, int threads, int shared_bytes, con
   }
 }
 
+// For kernels whose blocks wait for each other: all blocks exist at once and run in turn, each as
+// far as it gets, the first one ahead of all others (or with `reverse` the last one).
+template <class Kernel, class Task>
+void run_grid_together(Kernel* kernel, int64_t blocks, int threads, int shared_bytes,
+                       const Task& task) {
+  FIPS_CHECK(shared_bytes <= device().max_shared_bytes, "emulation: ", shared_bytes,
+             " bytes of shared memory, but a block has ", device().max_shared_bytes);
+  FIPS_CHECK(blocks <= device().sm_count, "emulation: ", blocks,
+             " blocks that wait for each other, but the device runs ", device().sm_count,
+             " at once");
+  const std::function<void()> body = [&] { kernel(task); };
+  std::vector<std::unique_ptr<Block>> grid;
+  for (int64_t index = 0; index < blocks; ++index) {
+    grid.push_back(std::make_unique<Block>(threads, shared_bytes, index, settings().reverse));
+    grid.back()->start(body);
+  }
+  for (bool unfinished = true; unfinished;) {
+    unfinished = false;
+    bool progressed = false;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Block::Outcome outcome = grid[settings().reverse ? blocks - 1 - i : i]->advance();
+      unfinished |= outcome.unfinished;
+      progressed |= outcome.progressed;
+    }
+    FIPS_CHECK(!unfinished || progressed, "emulation: deadlock, blocks wait for each other");
+  }
+}
+
 inline void perform(const Copy& copy) {
   memset(copy.target, 0, 16);
   memcpy(copy.target, copy.source, static_cast<size_t>(copy.bytes));
@@ -305,7 +363,19 @@ FIPS_DEVICE uint32_t shuffle(uint32_t value, int source) {
   return emulation::Block::current()->exchange(value)[source % emulation::kLanes];
 }
 
+// Orders the warp's accesses to memory before and after it.
+FIPS_DEVICE void warp_barrier() { emulation::Block::current()->exchange(0); }
+
 FIPS_DEVICE int popcount(uint32_t bits) { return __builtin_popcount(bits); }
+
+// ---- between thread blocks that run at the same time
+// ---------------------------------------------
+
+FIPS_DEVICE uint64_t load_acquire(const uint64_t* word) { return *word; }
+FIPS_DEVICE void store_release(uint64_t* word, uint64_t value) { *word = value; }
+FIPS_DEVICE void spin() { emulation::Block::current()->yield(); }
+
+FIPS_DEVICE void prefetch_l2(const void*) {}
 
 // ---- copies to shared memory
 // ---------------------------------------------------------------------

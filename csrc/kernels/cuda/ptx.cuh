@@ -39,7 +39,32 @@ FIPS_DEVICE uint32_t shuffle(uint32_t value, int source) {
   return __shfl_sync(0xffffffffu, value, source);
 }
 
+// Orders the warp's accesses to memory before and after it.
+FIPS_DEVICE void warp_barrier() { __syncwarp(); }
+
 FIPS_DEVICE int popcount(uint32_t bits) { return __popc(bits); }
+
+// ---- between thread blocks that run at the same time
+// ---------------------------------------------
+
+FIPS_DEVICE uint64_t load_acquire(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];\n" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+FIPS_DEVICE void store_release(uint64_t* word, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;\n" ::"l"(word), "l"(value) : "memory");
+}
+
+// Inside a loop that waits for another block. The hardware needs nothing; emulation runs the
+// others.
+FIPS_DEVICE void spin() {}
+
+// A hint: the 128-byte line of `source`, any address, will be read.
+FIPS_DEVICE void prefetch_l2(const void* source) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(source));
+}
 
 // ---- copies to shared memory
 // ---------------------------------------------------------------------
