@@ -1,6 +1,7 @@
 #include "kernels/cuda/block_sparse_mm.h"
 #include "kernels/cuda/block_sparse_mm_heuristics.h"
 #include "kernels/cuda/block_sparse_mm_launch.h"
+#include "kernels/cuda/block_sparse_mm_resident.h"
 #include "kernels/cuda/device_info.h"
 
 #if defined(FIPS_CUDA_SM90)  // built for sm_90a as well
@@ -39,12 +40,15 @@ void block_sparse_mm(const BlockSparseMmParams& params, const MmEpilogue& epilog
   if (task.tokens == 0 || task.out_features == 0) {
     return;
   }
-#if defined(FIPS_CUDA_SM90)
   const DeviceInfo device = current_device();
+#if defined(FIPS_CUDA_SM90)
   if (device.capability == 90 && sm90_supports(params, epilogue, device)) {
     return block_sparse_mm_sm90(params, epilogue, sm90_plan(params, epilogue, device), stream);
   }
 #endif
+  if (prefers_resident(params) && resident_supports(params, epilogue, device)) {
+    return block_sparse_mm_resident(params, epilogue, stream);
+  }
   task.activation = epilogue.activation;
   if (epilogue.gate != nullptr) {
     BlockSparseMmParams gate = params;
