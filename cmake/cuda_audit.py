@@ -1,8 +1,8 @@
 """Registers, shared memory and spills of every CUDA kernel, per architecture, against a budget.
 
 Reads the output of a build with ``-Xptxas=-v`` (``make cuda-audit``) and prints one row per kernel template
-and architecture: the number of instantiations, the registers per thread of the least and the most demanding one,
-static shared memory and spilled bytes of the worst. Exits with 1 if a kernel spills more than
+and architecture: the number of instantiations, the registers per thread of the least and the most demanding
+one, static shared memory and spilled bytes of the worst. Exits with 1 if a kernel spills more than
 ``cuda_budget.json`` beside this file allows, or if an expected architecture is missing.
 """
 
