@@ -12,6 +12,13 @@
 #include "torch/tf32.h"
 
 namespace fips {
+namespace {
+
+bool decodes(const SharedMlpParams& params) {
+  return params.tokens <= cuda::kDecodeTokens && params.dtype != DType::kFloat64;
+}
+
+}  // namespace
 
 Tensor CudaDevice::workspace(int64_t bytes) const {
   return make_empty(like_, {bytes}, ScalarType::Byte);
@@ -24,23 +31,25 @@ MmPath CudaDevice::mm_path(const MmShape& shape) const { return cuda::choose_mm_
 
 MmPath CudaDevice::sddmm_path(const MmShape& shape) const { return cuda::choose_sddmm_path(shape); }
 
-int64_t CudaDevice::chunk_tokens(int64_t hidden) const {
-  constexpr int64_t kChunkElements = int64_t{64} << 20;
-  return max_of(1024, kChunkElements / max_of(1, hidden));
+int64_t CudaDevice::chunk_tokens(int64_t hidden, bool gradients) const {
+  constexpr int64_t kTile = 256;  // of tokens: the last one of a chunk should be full
+  const int64_t elements = int64_t{gradients ? 32 : 128} << 20;
+  return max_of(1024, elements / max_of(1, hidden) / kTile * kTile);
 }
 
-WholeMlp CudaDevice::shared_mlp(const SharedMlpParams& params) const {
-  if (params.tokens > 0 && params.tokens <= cuda::kDecodeTokens &&
-      params.dtype != DType::kFloat64) {
+bool CudaDevice::has_shared_mlp(const SharedMlpParams& params) const {
+  return params.tokens > 0 &&
+         (decodes(params) || cuda::fuses_shared_mlp(params, cuda::current_device()));
+}
+
+bool CudaDevice::shared_mlp(const SharedMlpParams& params) const {
+  if (decodes(params)) {
     const Tensor memory = workspace(cuda::shared_mlp_decode_workspace_bytes(params));
     cuda::shared_mlp_decode(params, memory.mutable_data_ptr(), scope_.stream());
-    return WholeMlp::kDone;
-  }
-  if (params.tokens > 0 && cuda::fuses_shared_mlp(params, cuda::current_device())) {
+  } else {
     cuda::shared_mlp_fused(params, scope_.stream());
-    return WholeMlp::kDone;
   }
-  return WholeMlp::kNone;
+  return true;
 }
 
 bool CudaDevice::block_sparse_mm(const BlockSparseMmParams& params,
