@@ -56,7 +56,7 @@ def in_double(value: object) -> object:
 
 
 def products(device: str) -> Iterator[Case]:
-    """Every element type, encoding, direction and height of the token tile, whole and ragged."""
+    """Every element type, encoding and direction, blocks of every edge, few tokens and many, ragged edges."""
     shapes = (
         (5, 100, 150, (32, 16)),
         (70, 100, 2200, (16, 16)),
@@ -69,6 +69,20 @@ def products(device: str) -> Iterator[Case]:
         name = f"product {tokens}x{r}x{n} {block} {dtype_name(dtype)} {encoding}"
         pattern = Pattern(0.4, block, encoding)
         yield Case(name, lambda p=pattern, t=tokens, r=r, n=n, d=dtype: product(device, d, t, r, n, p))
+    # Tokens too wide for shared memory, and enough output blocks for the tallest tile.
+    tall = Pattern(0.1, (32, 16))
+    yield Case("product, tall tile", lambda: product(device, torch.bfloat16, 130, 2048, 2240, tall))
+    yield Case("product in TF32", lambda: product_in_tf32(device))
+
+
+def product_in_tf32(device: str) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        for tokens in (5, 130):
+            product(device, torch.float32, tokens, 192, 640, Pattern(0.4, (64, 64)))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def product(device: str, dtype: torch.dtype, tokens: int, r: int, n: int, pattern: Pattern) -> None:

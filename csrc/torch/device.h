@@ -12,12 +12,6 @@
 
 namespace fips {
 
-enum class WholeMlp {
-  kNone,  // no such kernel: nothing was done
-  kDone,
-  kSkippedEntries,  // index entries out of range were skipped; check_index finds them
-};
-
 class Device {
  public:
   virtual ~Device() = default;
@@ -29,11 +23,15 @@ class Device {
   virtual MmPath mm_path(const MmShape& shape) const = 0;
   virtual MmPath sddmm_path(const MmShape& shape) const = 0;
 
-  // Tokens whose [tokens, hidden] activations are held at once.
-  virtual int64_t chunk_tokens(int64_t hidden) const = 0;
+  // Tokens whose [tokens, hidden] activations are held at once: one of them, or with `gradients`
+  // four or five.
+  virtual int64_t chunk_tokens(int64_t hidden, bool gradients) const = 0;
 
-  // The whole MLP at once, where the device has a kernel that is the best way for these arguments.
-  virtual WholeMlp shared_mlp(const SharedMlpParams& params) const = 0;
+  // Whether a kernel for the whole MLP is the best way for these arguments (y is not looked at).
+  virtual bool has_shared_mlp(const SharedMlpParams& params) const = 0;
+  // That kernel. False if entries out of range were skipped and the caller can find them by
+  // check_index.
+  virtual bool shared_mlp(const SharedMlpParams& params) const = 0;
 
   // False if entries out of range were skipped and the caller can find them by check_index.
   virtual bool block_sparse_mm(const BlockSparseMmParams& params,

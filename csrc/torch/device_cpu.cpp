@@ -13,18 +13,18 @@ MmPath CpuDevice::mm_path(const MmShape& shape) const { return choose_mm_path(sh
 
 MmPath CpuDevice::sddmm_path(const MmShape& shape) const { return choose_sddmm_path(shape); }
 
-int64_t CpuDevice::chunk_tokens(int64_t hidden) const {
+int64_t CpuDevice::chunk_tokens(int64_t hidden, bool) const {
   constexpr int64_t kChunkElements = int64_t{4} << 20;
   return max_of(128, min_of(2048, kChunkElements / max_of(1, hidden)));
 }
 
-WholeMlp CpuDevice::shared_mlp(const SharedMlpParams& params) const {
-  if (!cpu::decodes_shared_mlp(params)) {
-    return WholeMlp::kNone;
-  }
+bool CpuDevice::has_shared_mlp(const SharedMlpParams& params) const {
+  return cpu::decodes_shared_mlp(params);
+}
+
+bool CpuDevice::shared_mlp(const SharedMlpParams& params) const {
   char* workspace = thread_scratch(cpu::shared_mlp_decode_workspace(params, kTorchThreads));
-  return cpu::shared_mlp_decode(params, workspace, kTorchThreads) ? WholeMlp::kDone
-                                                                  : WholeMlp::kSkippedEntries;
+  return cpu::shared_mlp_decode(params, workspace, kTorchThreads);
 }
 
 bool CpuDevice::block_sparse_mm(const BlockSparseMmParams& params,

@@ -12,8 +12,9 @@ class CpuDevice final : public Device {
   void check_index(const BlockSparseView& v, const char* name) const override;
   MmPath mm_path(const MmShape& shape) const override;
   MmPath sddmm_path(const MmShape& shape) const override;
-  int64_t chunk_tokens(int64_t hidden) const override;
-  WholeMlp shared_mlp(const SharedMlpParams& params) const override;
+  int64_t chunk_tokens(int64_t hidden, bool gradients) const override;
+  bool has_shared_mlp(const SharedMlpParams& params) const override;
+  bool shared_mlp(const SharedMlpParams& params) const override;
   bool block_sparse_mm(const BlockSparseMmParams& params,
                        const MmEpilogue& epilogue) const override;
   void block_sparse_sddmm(const BlockSparseSddmmParams& params) const override;

@@ -8,13 +8,19 @@
 #include "kernels/cuda/planner.h"
 #include "kernels/cuda/reduce.h"
 #include "kernels/cuda/residual.h"
+#include "kernels/cuda/shared_mlp_decode.h"
 #include "kernels/cuda/shared_mlp_fused.h"
+#include "torch/tf32.h"
 
 namespace fips {
 namespace {
 
 const cuda::Tuning& tuning() {
   return cuda::tuning_of(cuda::kTuning, cuda::current_device().capability);
+}
+
+bool decodes(const SharedMlpParams& params) {
+  return params.tokens <= cuda::kDecodeTokens && params.dtype != DType::kFloat64;
 }
 
 }  // namespace
@@ -34,22 +40,32 @@ MmPath CudaDevice::sddmm_path(const MmShape& shape) const {
   return cuda::choose_sddmm_path(shape, tuning());
 }
 
-int64_t CudaDevice::chunk_tokens(int64_t hidden) const {
-  constexpr int64_t kChunkElements = int64_t{64} << 20;
-  return max_of(1024, kChunkElements / max_of(1, hidden));
+int64_t CudaDevice::chunk_tokens(int64_t hidden, bool gradients) const {
+  constexpr int64_t kTile = 256;  // of tokens: the last one of a chunk should be full
+  const int64_t elements = int64_t{gradients ? 32 : 128} << 20;
+  return max_of(1024, elements / max_of(1, hidden) / kTile * kTile);
 }
 
-WholeMlp CudaDevice::shared_mlp(const SharedMlpParams& params) const {
-  if (params.tokens > 0 && cuda::fuses_shared_mlp(params, cuda::current_device())) {
+bool CudaDevice::has_shared_mlp(const SharedMlpParams& params) const {
+  return params.tokens > 0 &&
+         (decodes(params) || cuda::fuses_shared_mlp(params, cuda::current_device()));
+}
+
+bool CudaDevice::shared_mlp(const SharedMlpParams& params) const {
+  if (decodes(params)) {
+    const Tensor memory = workspace(cuda::shared_mlp_decode_workspace_bytes(params));
+    cuda::shared_mlp_decode(params, memory.mutable_data_ptr(), scope_.stream());
+  } else {
     cuda::shared_mlp_fused(params, scope_.stream());
-    return WholeMlp::kDone;
   }
-  return WholeMlp::kNone;
+  return true;
 }
 
 bool CudaDevice::block_sparse_mm(const BlockSparseMmParams& params,
                                  const MmEpilogue& epilogue) const {
-  cuda::block_sparse_mm(params, epilogue, scope_.stream());
+  BlockSparseMmParams allowed = params;
+  allowed.allow_tf32 = params.v.dtype == DType::kFloat32 && tf32_allowed();
+  cuda::block_sparse_mm(allowed, epilogue, scope_.stream());
   return true;
 }
 

@@ -62,7 +62,7 @@ Mlp::Mlp(const Device& device, const Tensor& x, const Tensor& base, const Option
   check_vector(down_bias, width_, x, "down_bias");
 }
 
-int64_t Mlp::chunk_tokens() const { return device_.chunk_tokens(up_.view().cols); }
+int64_t Mlp::chunk_tokens() const { return device_.chunk_tokens(up_.view().cols, true); }
 
 void Mlp::add_product(const Tensor& sums, const Tensor& a, const Tensor& b) const {
   if (sums.numel() > 0) {
@@ -95,17 +95,28 @@ Mlp::Hidden Mlp::pre_activations(const Tensor& x) const {
 }
 
 Tensor Mlp::forward(const Tensor& x) const {
-  const Tensor y = make_empty(x, {x.size(0), width_});
-  switch (device_.shared_mlp(params(x, y))) {
-    case WholeMlp::kDone:
-      return y;
-    case WholeMlp::kSkippedEntries:
-      verify();
-      return y;
-    case WholeMlp::kNone:
-      return forward_chain(x);
+  SharedMlpParams whole = params(x);
+  const int64_t chunk = device_.chunk_tokens(up_.view().cols, false);
+  const bool has_kernel = device_.has_shared_mlp(whole);
+  if (!has_kernel && x.size(0) <= chunk) {
+    return forward_chain(x);
   }
-  fail("internal: unknown result of a whole MLP; please report this");
+  const Tensor y = make_empty(x, {x.size(0), width_});
+  if (!has_kernel) {
+    for_each_chunk(x.size(0), chunk, [&](int64_t first, int64_t count) {
+      copy_rows_into(y, first, forward_chain(range_of(x, first, count)));
+    });
+    return y;
+  }
+  whole.y = y.mutable_data_ptr();
+  if (!device_.shared_mlp(whole)) {
+    up_.verify();
+    if (gate_.has_value()) {
+      gate_->verify();
+    }
+    down_.verify();
+  }
+  return y;
 }
 
 Tensor Mlp::forward_chain(const Tensor& x) const {
@@ -126,7 +137,7 @@ Tensor Mlp::forward_chain(const Tensor& x) const {
   return down_bias_.has_value() ? torch::stable::subtract(y, *down_bias_, -1.0) : y;
 }
 
-SharedMlpParams Mlp::params(const Tensor& x, const Tensor& y) const {
+SharedMlpParams Mlp::params(const Tensor& x) const {
   SharedMlpParams p;
   p.dtype = dtype();
   p.width = width_;
@@ -145,17 +156,8 @@ SharedMlpParams Mlp::params(const Tensor& x, const Tensor& y) const {
   p.gate_bias = pointer_of(gate_bias_);
   p.down_bias = pointer_of(down_bias_);
   p.activation = activation_;
-  p.y = y.mutable_data_ptr();
   p.y_stride = width_;
   return p;
-}
-
-void Mlp::verify() const {
-  up_.verify();
-  if (gate_.has_value()) {
-    gate_->verify();
-  }
-  down_.verify();
 }
 
 MlpGradients Mlp::zero_gradients(const Tensor& like) const {

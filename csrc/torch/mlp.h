@@ -24,7 +24,7 @@ class Mlp {
   int64_t width() const { return width_; }
   DType dtype() const { return up_.view().dtype; }
 
-  // Tokens per chunk so that one [tokens, hidden] activation stays small.
+  // Tokens per call of backward() so that its [tokens, hidden] activations stay small.
   int64_t chunk_tokens() const;
 
   // y [t, d] for x [t, d], contiguous.
@@ -45,9 +45,8 @@ class Mlp {
     Tensor z, up;                // [t, rows], [t, n]
     std::optional<Tensor> gate;  // [t, n]
   };
-  SharedMlpParams params(const Tensor& x, const Tensor& y) const;
-  void verify() const;
-  Tensor forward_chain(const Tensor& x) const;  // product by product
+  SharedMlpParams params(const Tensor& x) const;  // without y
+  Tensor forward_chain(const Tensor& x) const;    // product by product
   const Tensor& out_base() const { return base_out_.has_value() ? *base_out_ : base_; }
   void add_product(const Tensor& sums, const Tensor& a, const Tensor& b) const;
   void add_columns(const std::optional<Tensor>& sums, const Tensor& matrix) const;

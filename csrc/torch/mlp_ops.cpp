@@ -7,24 +7,6 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Calls body(first, count) for chunks of tokens.
-template <class F>
-void for_each_chunk(int64_t tokens, int64_t chunk, const F& body) {
-  for (int64_t first = 0; first < tokens; first += chunk) {
-    body(first, min_of(chunk, tokens - first));
-  }
-}
-
-Tensor range_of(const Tensor& t, int64_t first, int64_t count) {
-  Tensor base = t;
-  return torch::stable::narrow(base, 0, first, count);
-}
-
-void copy_rows_into(const Tensor& all, int64_t first, const Tensor& part) {
-  Tensor target = range_of(all, first, part.size(0));
-  torch::stable::copy_(target, part);
-}
-
 NineTensors with_gradients(const Tensor& first, const std::vector<Tensor>& g) {
   return {first, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
 }
@@ -40,15 +22,7 @@ Tensor shared_mlp(const Device& device, const Tensor& x, const Tensor& base,
   const Mlp mlp(device, x, base, base_out, up, gate, down, up_bias, gate_bias, down_bias, hidden,
                 activation, identity);
   const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  const Tensor tokens = flatten_tokens(x);
-  if (tokens.size(0) <= mlp.chunk_tokens()) {
-    return torch::stable::reshape(mlp.forward(tokens), shape);
-  }
-  const Tensor y = make_empty(tokens, {tokens.size(0), mlp.width()});
-  for_each_chunk(tokens.size(0), mlp.chunk_tokens(), [&](int64_t first, int64_t count) {
-    copy_rows_into(y, first, mlp.forward(range_of(tokens, first, count)));
-  });
-  return torch::stable::reshape(y, shape);
+  return torch::stable::reshape(mlp.forward(flatten_tokens(x)), shape);
 }
 
 NineTensors shared_mlp_backward(const Device& device, const Tensor& grad_y, const Tensor& x,

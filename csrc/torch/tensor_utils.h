@@ -263,4 +263,25 @@ inline Tensor columns(const Tensor& t, int64_t first, int64_t count) {
   return torch::stable::narrow(base, t.dim() - 1, first, count);
 }
 
+// ---- ranges of tokens
+// ----------------------------------------------------------------------------
+
+// Calls body(first, count) for chunks of tokens.
+template <class F>
+void for_each_chunk(int64_t tokens, int64_t chunk, const F& body) {
+  for (int64_t first = 0; first < tokens; first += chunk) {
+    body(first, min_of(chunk, tokens - first));
+  }
+}
+
+inline Tensor range_of(const Tensor& t, int64_t first, int64_t count) {
+  Tensor base = t;
+  return torch::stable::narrow(base, 0, first, count);
+}
+
+inline void copy_rows_into(const Tensor& all, int64_t first, const Tensor& part) {
+  Tensor target = range_of(all, first, part.size(0));
+  torch::stable::copy_(target, part);
+}
+
 }  // namespace fips

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fips_ext import BlockSparse, _library
+from fips_ext import BlockSparse, _library, _tf32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,7 @@ def _load_emulated(path: str) -> None:
             f"FIPS_EMULATED_LIBRARY names {path}, which does not exist; build the target fips_emulated"
         )
     torch.ops.load_library(path)
+    _tf32.register(path)
 
 
 @pytest.fixture(params=["emulated", "cuda"])

@@ -59,6 +59,27 @@ def test_block_sparse_mm(cuda, dtype, encoding, transpose):
         assert relative_error(y.cpu(), expected) <= TOLERANCE[dtype]
 
 
+@pytest.fixture
+def tf32_switch():
+    """torch's switch, put back after the test."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_tf32_follows_torchs_switch(cuda, tf32_switch):
+    v = random_slice(75, 53, (16, 32), "block", torch.float32)
+    x = randn(40, 75, dtype=torch.float32)
+    expected = reference.block_sparse_mm(x.double(), as_double(v))
+    errors = []
+    for allowed in (False, True):
+        tf32_switch.allow_tf32 = allowed
+        y = cuda.ops.block_sparse_mm(cuda.put(x), cuda.put(v.tensors()), v.rows, v.cols, False, None)
+        errors.append(relative_error(y.cpu(), expected))
+    assert errors[0] <= TOLERANCE[torch.float32]
+    assert TOLERANCE[torch.float32] < errors[1] <= 5e-4
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("block", [(16, 16), (32, 64), (128, 128)], ids=str)
@@ -81,7 +102,7 @@ def test_block_sparse_sddmm(cuda, dtype, encoding, block):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
 def test_shared_mlp(cuda, dtype, activation):
-    for gated, encoding, tokens in itertools.product([False, True], ENCODINGS, [1, 70]):
+    for gated, encoding, tokens in itertools.product([False, True], ENCODINGS, [16, 70]):
         mlp = random_mlp(gated, True, False, True, encoding, dtype, activation=activation)
         x = randn(tokens, 24, dtype=dtype)
         y = cuda.ops.shared_mlp(cuda.put(x), *cuda.put(flat_arguments(mlp)))

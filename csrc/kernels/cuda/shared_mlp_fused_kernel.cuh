@@ -3,10 +3,8 @@
 // separated by barriers.
 #pragma once
 
-#include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/shared_mlp_fused_plan.h"
-#include "kernels/cuda/slice.cuh"
-#include "kernels/cuda/strip.cuh"
+#include "kernels/cuda/strip_hidden.cuh"
 
 namespace fips::cuda {
 
@@ -26,21 +24,6 @@ FIPS_DEVICE void for_each_unit(int strips, const Body& body) {
   for (int unit = warp_index(); unit < strips * Config::kUnits; unit += Config::kWarps) {
     body(unit / Config::kUnits, unit % Config::kUnits * kStripTokens);
   }
-}
-
-// x of the tile, zeros for tokens past the last one. The copies are under way on return.
-template <class Config>
-FIPS_DEVICE void load_x(const FusedTask& task, const TokenTile<typename Config::Element>& tile) {
-  using T = typename Config::Element;
-  const int chunks = static_cast<int>(task.p.width) / Chunk<T>::kSize;
-  for (int item = thread_index(); item < Config::kTokens * chunks; item += Config::kThreads) {
-    const int row = item / chunks, feature = item % chunks * Chunk<T>::kSize;
-    const int64_t token = block_index() * Config::kTokens + row;
-    const bool inside = token < task.p.tokens;
-    const T* x = static_cast<const T*>(task.p.x) + (inside ? token * task.p.x_stride + feature : 0);
-    cp_async_16(shared_address(tile.at(row, feature)), x, inside ? kChunkBytes : 0);
-  }
-  cp_async_commit();
 }
 
 template <class Config>
@@ -75,49 +58,9 @@ FIPS_DEVICE void compute_z(const FusedTask& task, const TokenTile<typename Confi
   }
 }
 
-// The entries of an index list, 32 at a time in the lanes of a warp: reading them one by one would
-// put their latency between any two loads of weights.
-class EntryWindow {
- public:
-  // load(entry): the stored block and the block along the reduction.
-  template <class Load>
-  FIPS_DEVICE_MEMBER BlockRef at(int entry, int end, const Load& load) {
-    if (entry < first_ || entry >= first_ + kWarpSize) {
-      first_ = entry;
-      const int mine = entry + lane_index();
-      ref_ = mine < end ? load(mine) : BlockRef{-1, 0};
-    }
-    return {static_cast<int>(shuffle(static_cast<uint32_t>(ref_.id), entry - first_)),
-            static_cast<int>(shuffle(static_cast<uint32_t>(ref_.feature), entry - first_))};
-  }
-
- private:
-  int first_ = -kWarpSize - 1;
-  BlockRef ref_{-1, 0};
-};
-
-// sums += z times sixteen columns of V from `column` on.
-template <class Config>
-FIPS_DEVICE void add_columns_of_slice(StripSums& sums, const BlockSparseView& v, int column,
-                                      int token, const TokenTile<typename Config::Element>& z) {
-  using T = typename Config::Element;
-  const int block_column = column / v.bn, in_block = column % v.bn;
-  const int block_rows = static_cast<int>(v.block_rows()), blocks = static_cast<int>(v.num_blocks);
-  const BlockRange range =
-      clamp_range(v.col_ptr[block_column], v.col_ptr[block_column + 1], blocks, block_rows);
-  const int shift = log2_of_edge(v.bk), step_shift = shift - 4;
-  EntryWindow window;
-  reduce_strip<T, false>(
-      sums, (range.end - range.begin) << step_shift, v.bk, z, token, [&](int step) {
-        const BlockRef block =
-            window.at(range.begin + (step >> step_shift), range.end, [&](int entry) {
-              return checked_ref(entry, v.row_idx[entry], blocks, block_rows, shift);
-            });
-        const int offset = (step & ((1 << step_shift) - 1)) * 16;
-        const T* weights =
-            static_cast<const T*>(v.values) + block.id * v.slots() + in_block * v.bk + offset;
-        return StripStep<T>{block.id < 0 ? nullptr : weights, block.feature + offset};
-      });
+FIPS_DEVICE HiddenTask hidden_of(const FusedTask& task) {
+  const SharedMlpParams& p = task.p;
+  return {p.up, task.gate, p.up_bias, p.gate_bias, p.activation};
 }
 
 // h of the chunk from hidden feature `first` on.
@@ -126,38 +69,10 @@ FIPS_DEVICE void compute_h(const FusedTask& task, int first, int features,
                            const TokenTile<typename Config::Element>& z,
                            const TokenTile<typename Config::Element>& h) {
   using T = typename Config::Element;
-  const SharedMlpParams& p = task.p;
   for_each_unit<Config>(features / kStripOutputs, [&](int strip, int token) {
     const int column = first + strip * kStripOutputs;
-    StripSums gate{}, up{};
-    if constexpr (Config::kGated) {
-      add_columns_of_slice<Config>(gate, task.gate, column, token, z);
-    }
-    add_columns_of_slice<Config>(up, p.up, column, token, z);
-    float up_bias[2], gate_bias[2];
-    FIPS_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int feature = column + strip_order(lane_index() / 4) + 2 * half;
-      const bool inside = feature < p.up.cols;
-      const T* up_biases = static_cast<const T*>(p.up_bias);
-      const T* gate_biases = static_cast<const T*>(p.gate_bias);
-      up_bias[half] = inside && up_biases != nullptr ? to_float(up_biases[feature]) : 0.0f;
-      gate_bias[half] = inside && gate_biases != nullptr ? to_float(gate_biases[feature]) : 0.0f;
-    }
-    with_activation(p.activation, [&](auto activation) {
-      constexpr Activation kKind = decltype(activation)::value;
-      FIPS_UNROLL
-      for (int i = 0; i < kStripTokens / 8; ++i) {
-        FIPS_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          float& value = up.value[i][j];
-          value += up_bias[j / 2];
-          value = Config::kGated ? activate<T>(kKind, gate.value[i][j] + gate_bias[j / 2]) * value
-                                 : activate<T>(kKind, value);
-        }
-      }
-    });
-    store_strip<Config>(up, token, strip * kStripOutputs, h);
+    const StripSums sums = hidden_strip<T, Config::kGated>(hidden_of(task), column, token, z);
+    store_strip<Config>(sums, token, strip * kStripOutputs, h);
   });
 }
 
@@ -259,15 +174,14 @@ FIPS_DEVICE void compute_y(const FusedTask& task, const TokenTile<typename Confi
     const float bias1 = biases == nullptr ? 0.0f : to_float(biases[feature + 2]);
     FIPS_UNROLL
     for (int i = 0; i < kStripTokens / 8; ++i) {
-      float(&sum)[4] = sums.value[i];
-      const float biased[4] = {sum[0] + bias0, sum[1] + bias0, sum[2] + bias1, sum[3] + bias1};
-      const Quad<T> quad = exchange_quad<T>(biased);
-      const int64_t row = block_index() * Config::kTokens + token + 8 * i + quad_token();
-      if (row < p.tokens) {
-        T* y = static_cast<T*>(p.y) + row * p.y_stride + strip * kStripOutputs + quad_output();
-        *reinterpret_cast<Quad<T>*>(y) = quad;
+      FIPS_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        sums.value[i][j] += j < 2 ? bias0 : bias1;
       }
     }
+    store_strip_rows(sums, static_cast<T*>(p.y), p.y_stride,
+                     {block_index() * Config::kTokens + token, p.tokens}, strip * kStripOutputs,
+                     static_cast<int>(p.width));
   });
 }
 
@@ -281,7 +195,9 @@ shared_mlp_fused_kernel(const FusedTask task) {
   const TokenTile<T> x{shared, plan.x_stride}, h{shared, plan.h_stride};
   const TokenTile<T> z{second, plan.z_stride}, w{second, plan.w_stride};
 
-  load_x<Config>(task, x);
+  load_token_tile<T, Config::kTokens, Config::kThreads>(
+      static_cast<const T*>(task.p.x), task.p.x_stride,
+      {block_index() * Config::kTokens, task.p.tokens}, static_cast<int>(task.p.width), x);
   cp_async_wait<0>();
   block_barrier();
   compute_z<Config>(task, x, z);

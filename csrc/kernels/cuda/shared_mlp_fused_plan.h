@@ -65,8 +65,7 @@ inline std::optional<FusedPlan> plan_fused_tile(const SharedMlpParams& p, int to
 
 // The largest tile of tokens that fits: every weight is read once a tile. Null: the MLP is too
 // wide.
-inline std::optional<FusedPlan> plan_fused(const SharedMlpParams& p,
-                                           const DeviceInfo& device) {
+inline std::optional<FusedPlan> plan_fused(const SharedMlpParams& p, const DeviceInfo& device) {
   for (const int token_tile : {128, 64}) {
     if (const auto plan = plan_fused_tile(p, token_tile, device.max_shared_bytes)) {
       return plan;

@@ -154,4 +154,52 @@ FIPS_DEVICE Quad<T> exchange_quad(const float (&sum)[4]) {
              : Quad<T>{{kept.element[0], first, kept.element[1], second}};
 }
 
+// Tokens [first, first + tile) of a tensor with `end` tokens.
+struct TokenRange {
+  int64_t first, end;
+};
+
+// Rows of x into the tile, zeros for tokens past the end; `width` is a multiple of a chunk. The
+// copies are under way on return.
+template <class T, int kTokens, int kThreads>
+FIPS_DEVICE void load_token_tile(const T* x, int64_t stride, const TokenRange& tokens, int width,
+                                 const TokenTile<T>& tile) {
+  const int chunks = width / Chunk<T>::kSize;
+  for (int item = thread_index(); item < kTokens * chunks; item += kThreads) {
+    const int row = item / chunks, feature = item % chunks * Chunk<T>::kSize;
+    const int64_t token = tokens.first + row;
+    const bool inside = token < tokens.end;
+    cp_async_16(shared_address(tile.at(row, feature)), inside ? x + token * stride + feature : x,
+                inside ? kChunkBytes : 0);
+  }
+  cp_async_commit();
+}
+
+// Stores a strip to rows of `out` from token `tokens.first` on; features from `limit` on are not
+// stored. Rows are aligned to 8 bytes.
+template <class T>
+FIPS_DEVICE void store_strip_rows(const StripSums& sums, T* out, int64_t stride,
+                                  const TokenRange& tokens, int feature, int64_t limit) {
+  FIPS_UNROLL
+  for (int i = 0; i < kStripTokens / 8; ++i) {
+    const Quad<T> quad = exchange_quad<T>(sums.value[i]);
+    const int64_t token = tokens.first + 8 * i + quad_token();
+    if (token >= tokens.end) {
+      continue;
+    }
+    const int first = feature + quad_output();
+    T* target = out + token * stride + first;
+    if (first + 4 <= limit) {
+      *reinterpret_cast<Quad<T>*>(target) = quad;
+      continue;
+    }
+    FIPS_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      if (first + j < limit) {
+        target[j] = quad.element[j];
+      }
+    }
+  }
+}
+
 }  // namespace fips::cuda
