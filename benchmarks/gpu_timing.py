@@ -150,7 +150,7 @@ class Bench:
                 if name == "ours":
                     raise
                 errors[name] = describe(error)
-        scratch = torch.empty(COLD_BYTES if flush else 1, dtype=torch.uint8, device="cuda")
+        scratch = torch.empty(COLD_BYTES if flush else 1, dtype=torch.uint8, device=self.device)
         once = sum(seconds for _, seconds in ready.values())
         rounds = 1 if once > SLOW_S else max(MIN_ROUNDS, min(MAX_ROUNDS, int(RACE_S / once)))
         events: dict[str, list[tuple]] = {name: [] for name in ready}
