@@ -86,6 +86,7 @@ build_package() {
 bench() {
   local options=(--out "$out/$1.json" --budget "$2")
   [ "$mode" = full ] || options+=("--$mode")
+  rm -f "$out/$1.json"  # an old file must not be judged as if it were of this run
   stage "benchmark: $1" $(($2 + 25)) "$python" "benchmarks/$3" "${options[@]}"
 }
 
