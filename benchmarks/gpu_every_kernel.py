@@ -189,7 +189,7 @@ def initialisation(device: str) -> Iterator[Case]:
     for dtype in (torch.float32, torch.float64):
         for rank in (10, 40):
             yield Case(f"rsvd {rank} {dtype_name(dtype)}", lambda d=dtype, k=rank: rsvd(device, d, k))
-        for width in (24, 150, 600):
+        for width in (24, 300, 600):  # one block each, several, the vendor's
             yield Case(f"eigh {width} {dtype_name(dtype)}", lambda d=dtype, w=width: eigh(device, d, w))
         yield Case(f"gram update {dtype_name(dtype)}", lambda d=dtype: gram_update(device, d))
 
