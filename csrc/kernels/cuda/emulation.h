@@ -88,7 +88,18 @@ class Block {
 
   unsigned char* shared() { return shared_.get(); }
 
-  void barrier() { meet(barrier_); }
+  void barrier() { any(false); }
+
+  // A barrier; true when `value` is true in any thread.
+  bool any(bool value) {
+    const int side = barrier_.generation & 1;
+    any_[side] |= value;
+    if (barrier_.arrived + 1 == barrier_.size) {
+      any_[1 - side] = false;  // all have read it: they are here
+    }
+    meet(barrier_);
+    return any_[side];
+  }
 
   // Every lane's `value`, once all lanes of the warp have brought theirs.
   template <class Value>
@@ -193,6 +204,7 @@ class Block {
   std::vector<Warp> warps_;
   SharedMemory shared_;
   Meeting barrier_;
+  bool any_[2] = {};  // by the parity of the barrier's generation
   ucontext_t scheduler_;
   const std::function<void()>* kernel_ = nullptr;
   int64_t progress_ = 0;
@@ -233,10 +245,36 @@ inline void perform(const Copy& copy) {
 FIPS_DEVICE int thread_index() { return emulation::Block::current()->thread; }
 FIPS_DEVICE int64_t block_index() { return emulation::Block::current()->index; }
 FIPS_DEVICE void block_barrier() { emulation::Block::current()->barrier(); }
+FIPS_DEVICE bool block_any(bool value) { return emulation::Block::current()->any(value); }
 FIPS_DEVICE unsigned char* dynamic_shared_memory() { return emulation::Block::current()->shared(); }
 
 FIPS_DEVICE uint32_t shuffle(uint32_t value, int source) {
   return emulation::Block::current()->exchange(value)[source % emulation::kLanes];
+}
+
+namespace emulation {
+
+template <class T, int kCount>
+struct Values {
+  T value[kCount];
+};
+
+}  // namespace emulation
+
+// In the order of the butterfly on the device, in which lanes l and l ^ step hold equal sums.
+template <class T, int kCount>
+FIPS_DEVICE void warp_sums(T (&values)[kCount]) {
+  emulation::Values<T, kCount> mine;
+  memcpy(mine.value, values, sizeof values);
+  auto lanes = emulation::Block::current()->exchange(mine);
+  for (int step = emulation::kLanes / 2; step > 0; step /= 2) {
+    for (int lane = 0; lane < step; ++lane) {
+      for (int i = 0; i < kCount; ++i) {
+        lanes[lane].value[i] += lanes[lane + step].value[i];
+      }
+    }
+  }
+  memcpy(values, lanes[0].value, sizeof values);
 }
 
 FIPS_DEVICE int popcount(uint32_t bits) { return __builtin_popcount(bits); }
