@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 _LIBRARY = os.environ.get("FIPS_EMULATED_LIBRARY")
-pytestmark = pytest.mark.skipif(
-    not _LIBRARY, reason="FIPS_EMULATED_LIBRARY does not name the library of emulated CUDA ops"
-)
+pytestmark = [
+    pytest.mark.usefixtures("single_thread"),
+    pytest.mark.skipif(
+        not _LIBRARY, reason="FIPS_EMULATED_LIBRARY does not name the library of emulated CUDA ops"
+    ),
+]
 
 EPSILON = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
