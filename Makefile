@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CUDAARCHS ?= 80-real;90a-real
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python tests/cpp -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.txt' \))
 
-.PHONY: test demo setup lint cpp-test python-test asan-test format clean
+.PHONY: test demo setup lint cpp-test python-test asan-test cuda-audit format clean
 
 test: setup lint cpp-test asan-test python-test
 
@@ -68,7 +68,17 @@ asan-test: $(VENV)/.tools | gtest
 	ctest --preset asan
 
 python-test: $(VENV)/.installed $(VENV)/.demo-data
-	$(BIN)/python -m pytest
+	FIPS_EMULATED_LIBRARY=$(CURDIR)/$(BUILD)/tests/cpp/fips_emulated.so $(BIN)/python -m pytest
+
+# Compiles the CUDA kernels for every architecture of a release and fails if one spills registers.
+RELEASE_CUDAARCHS := 80-real;86-real;89-real;90a-real;100-real;120
+cuda-audit: $(VENV)/.tools
+	rm -rf build/audit
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/audit -G Ninja -DCMAKE_BUILD_TYPE=Release -DFIPS_WITH_CUDA=ON \
+	  -DFIPS_BUILD_PYTHON=OFF -DCMAKE_CUDA_ARCHITECTURES="$(RELEASE_CUDAARCHS)" -DCMAKE_CUDA_FLAGS=-Xptxas=-v >/dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/audit --target fips_cuda >build/audit/log.txt 2>&1 \
+	  || { tail -n 50 build/audit/log.txt; exit 1; }
+	$(BIN)/python cmake/cuda_audit.py build/audit/log.txt
 
 clean:
 	rm -rf build demo-out $(VENV)

@@ -19,6 +19,7 @@ struct BlockSparseMmParams {
   const void* bias = nullptr;
   void* out = nullptr;
   int64_t out_stride = 0;
+  bool allow_tf32 = false;  // float32 on a GPU: multiply with 10 bits of mantissa
 
   FIPS_HOST_DEVICE int64_t in_features() const { return transpose ? v.cols : v.rows; }
   FIPS_HOST_DEVICE int64_t out_features() const { return transpose ? v.rows : v.cols; }

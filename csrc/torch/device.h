@@ -7,9 +7,16 @@
 #include "kernels/block_sparse_mm.h"
 #include "kernels/block_sparse_sddmm.h"
 #include "kernels/dense_fill.h"
+#include "kernels/shared_mlp.h"
 #include "torch/tensor_utils.h"
 
 namespace fips {
+
+enum class WholeMlp {
+  kNone,  // no such kernel: nothing was done
+  kDone,
+  kSkippedEntries,  // index entries out of range were skipped; check_index finds them
+};
 
 class Device {
  public:
@@ -22,11 +29,11 @@ class Device {
   virtual MmPath mm_path(const MmShape& shape) const = 0;
   virtual MmPath sddmm_path(const MmShape& shape) const = 0;
 
-  // Most tokens that Mlp::forward_few takes.
-  virtual int64_t few_tokens() const = 0;
-
   // Tokens whose [tokens, hidden] activations are held at once.
   virtual int64_t chunk_tokens(int64_t hidden) const = 0;
+
+  // The whole MLP at once, where the device has a kernel that is the best way for these arguments.
+  virtual WholeMlp shared_mlp(const SharedMlpParams& params) const = 0;
 
   // False if entries out of range were skipped and the caller can find them by check_index.
   virtual bool block_sparse_mm(const BlockSparseMmParams& params,

@@ -1,7 +1,6 @@
 #include "torch/device_cpu.h"
 
 #include "kernels/reduce.h"
-#include "kernels/skinny_mm.h"
 #include "torch/scratch.h"
 
 namespace fips {
@@ -14,11 +13,18 @@ MmPath CpuDevice::mm_path(const MmShape& shape) const { return choose_mm_path(sh
 
 MmPath CpuDevice::sddmm_path(const MmShape& shape) const { return choose_sddmm_path(shape); }
 
-int64_t CpuDevice::few_tokens() const { return cpu::kFewTokens; }
-
 int64_t CpuDevice::chunk_tokens(int64_t hidden) const {
   constexpr int64_t kChunkElements = int64_t{4} << 20;
   return max_of(128, min_of(2048, kChunkElements / max_of(1, hidden)));
+}
+
+WholeMlp CpuDevice::shared_mlp(const SharedMlpParams& params) const {
+  if (!cpu::decodes_shared_mlp(params)) {
+    return WholeMlp::kNone;
+  }
+  char* workspace = thread_scratch(cpu::shared_mlp_decode_workspace(params, kTorchThreads));
+  return cpu::shared_mlp_decode(params, workspace, kTorchThreads) ? WholeMlp::kDone
+                                                                  : WholeMlp::kSkippedEntries;
 }
 
 bool CpuDevice::block_sparse_mm(const BlockSparseMmParams& params,

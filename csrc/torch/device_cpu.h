@@ -12,8 +12,8 @@ class CpuDevice final : public Device {
   void check_index(const BlockSparseView& v, const char* name) const override;
   MmPath mm_path(const MmShape& shape) const override;
   MmPath sddmm_path(const MmShape& shape) const override;
-  int64_t few_tokens() const override;
   int64_t chunk_tokens(int64_t hidden) const override;
+  WholeMlp shared_mlp(const SharedMlpParams& params) const override;
   bool block_sparse_mm(const BlockSparseMmParams& params,
                        const MmEpilogue& epilogue) const override;
   void block_sparse_sddmm(const BlockSparseSddmmParams& params) const override;

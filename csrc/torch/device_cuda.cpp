@@ -7,6 +7,9 @@
 #include "kernels/cuda/planner.h"
 #include "kernels/cuda/reduce.h"
 #include "kernels/cuda/residual.h"
+#include "kernels/cuda/shared_mlp_decode.h"
+#include "kernels/cuda/shared_mlp_fused.h"
+#include "torch/tf32.h"
 
 namespace fips {
 
@@ -21,16 +24,30 @@ MmPath CudaDevice::mm_path(const MmShape& shape) const { return cuda::choose_mm_
 
 MmPath CudaDevice::sddmm_path(const MmShape& shape) const { return cuda::choose_sddmm_path(shape); }
 
-int64_t CudaDevice::few_tokens() const { return 0; }
-
 int64_t CudaDevice::chunk_tokens(int64_t hidden) const {
   constexpr int64_t kChunkElements = int64_t{64} << 20;
   return max_of(1024, kChunkElements / max_of(1, hidden));
 }
 
+WholeMlp CudaDevice::shared_mlp(const SharedMlpParams& params) const {
+  if (params.tokens > 0 && params.tokens <= cuda::kDecodeTokens &&
+      params.dtype != DType::kFloat64) {
+    const Tensor memory = workspace(cuda::shared_mlp_decode_workspace_bytes(params));
+    cuda::shared_mlp_decode(params, memory.mutable_data_ptr(), scope_.stream());
+    return WholeMlp::kDone;
+  }
+  if (params.tokens > 0 && cuda::fuses_shared_mlp(params, cuda::current_device())) {
+    cuda::shared_mlp_fused(params, scope_.stream());
+    return WholeMlp::kDone;
+  }
+  return WholeMlp::kNone;
+}
+
 bool CudaDevice::block_sparse_mm(const BlockSparseMmParams& params,
                                  const MmEpilogue& epilogue) const {
-  cuda::block_sparse_mm(params, epilogue, scope_.stream());
+  BlockSparseMmParams allowed = params;
+  allowed.allow_tf32 = params.v.dtype == DType::kFloat32 && tf32_allowed();
+  cuda::block_sparse_mm(allowed, epilogue, scope_.stream());
   return true;
 }
 

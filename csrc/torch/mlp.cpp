@@ -95,6 +95,20 @@ Mlp::Hidden Mlp::pre_activations(const Tensor& x) const {
 }
 
 Tensor Mlp::forward(const Tensor& x) const {
+  const Tensor y = make_empty(x, {x.size(0), width_});
+  switch (device_.shared_mlp(params(x, y))) {
+    case WholeMlp::kDone:
+      return y;
+    case WholeMlp::kSkippedEntries:
+      verify();
+      return y;
+    case WholeMlp::kNone:
+      return forward_chain(x);
+  }
+  fail("internal: unknown result of a whole MLP; please report this");
+}
+
+Tensor Mlp::forward_chain(const Tensor& x) const {
   const Tensor h = up_.mm_activated(project_in(x, base_), up_bias_,
                                     gate_.has_value() ? &*gate_ : nullptr, gate_bias_, activation_);
   const Tensor w = down_.mm(h, true);
@@ -112,87 +126,36 @@ Tensor Mlp::forward(const Tensor& x) const {
   return down_bias_.has_value() ? torch::stable::subtract(y, *down_bias_, -1.0) : y;
 }
 
-bool Mlp::is_few(int64_t tokens) const {
-  return tokens > 0 && tokens <= device_.few_tokens() &&
-         (!gate_.has_value() || up_.is_like(*gate_));
+SharedMlpParams Mlp::params(const Tensor& x, const Tensor& y) const {
+  SharedMlpParams p;
+  p.dtype = dtype();
+  p.width = width_;
+  p.x = x.const_data_ptr();
+  p.tokens = x.size(0);
+  p.x_stride = width_;
+  p.base = base_.const_data_ptr();
+  p.base_out = out_base().const_data_ptr();
+  p.rank = base_.size(1);
+  p.rank_out = out_base().size(1);
+  p.identity = identity_;
+  p.up = up_.view();
+  p.gate = gate_.has_value() ? &gate_->view() : nullptr;
+  p.down = down_.view();
+  p.up_bias = pointer_of(up_bias_);
+  p.gate_bias = pointer_of(gate_bias_);
+  p.down_bias = pointer_of(down_bias_);
+  p.activation = activation_;
+  p.y = y.mutable_data_ptr();
+  p.y_stride = width_;
+  return p;
 }
 
-void Mlp::forward_few(const void* x, int64_t tokens, void* y) const {
-  const Tensor& base_out = out_base();
-  const int64_t size = element_size(dtype()), rank = base_.size(1), rank_out = base_out.size(1);
-  const int64_t z_stride = up_.view().rows, hidden = up_.view().cols;
-  const int64_t w_stride = down_.view().rows;
-
-  SkinnyMmParams in;  // z = [x U, x]
-  in.dtype = dtype();
-  in.matrix = base_.const_data_ptr();
-  in.rows = width_;
-  in.cols = rank;
-  in.x = x;
-  in.tokens = tokens;
-  in.x_stride = width_;
-  in.out_stride = z_stride;
-
-  BlockSparseMmParams up;  // h = act(z V_up) or act(z V_gate) * (z V_up)
-  up.v = up_.view();
-  up.tokens = tokens;
-  up.x_stride = z_stride;
-  up.bias = pointer_of(up_bias_);
-  up.out_stride = hidden;
-  MmEpilogue epilogue;
-  epilogue.activation = activation_;
-  epilogue.gate = gate_.has_value() ? &gate_->view() : nullptr;
-  epilogue.gate_bias = pointer_of(gate_bias_);
-
-  BlockSparseMmParams down;  // w = h V_down^T
-  down.v = down_.view();
-  down.transpose = true;
-  down.tokens = tokens;
-  down.x_stride = hidden;
-  down.out_stride = w_stride;
-
-  SkinnyMmParams out = in;  // y = w_U U^T + bias + w_I
-  out.matrix = base_out.const_data_ptr();
-  out.transpose = true;
-  out.cols = rank_out;
-  out.x_stride = w_stride;
-  out.bias = pointer_of(down_bias_);
-  out.addend_stride = w_stride;
-  out.out = y;
-  out.out_stride = width_;
-
-  ScratchPlan plan;
-  const int64_t z_at = plan.add(tokens * z_stride * size);
-  const int64_t h_at = plan.add(tokens * hidden * size);
-  const int64_t w_at = plan.add(tokens * w_stride * size);
-  const int64_t work_at =
-      plan.add(max_of(max_of(cpu::skinny_mm_workspace(in), cpu::skinny_mm_workspace(out)),
-                      max_of(cpu::block_sparse_mm_workspace(up, epilogue, kTorchThreads),
-                             cpu::block_sparse_mm_workspace(down, {}, kTorchThreads))));
-  char* scratch = thread_scratch(plan.bytes());
-  char* work = scratch + work_at;
-  in.out = scratch + z_at;
-  up.x = scratch + z_at;
-  up.out = scratch + h_at;
-  down.x = scratch + h_at;
-  down.out = scratch + w_at;
-  out.x = scratch + w_at;
-  out.addend = identity_ ? scratch + w_at + rank_out * size : nullptr;
-
-  cpu::skinny_mm(in, work, kTorchThreads);
-  for (int64_t t = 0; identity_ && t < tokens; ++t) {
-    memcpy(scratch + z_at + (t * z_stride + rank) * size,
-           static_cast<const char*>(x) + t * width_ * size, static_cast<size_t>(width_ * size));
+void Mlp::verify() const {
+  up_.verify();
+  if (gate_.has_value()) {
+    gate_->verify();
   }
-  if (!cpu::block_sparse_mm(up, epilogue, work, kTorchThreads) ||
-      !cpu::block_sparse_mm(down, {}, work, kTorchThreads)) {
-    up_.verify();
-    if (gate_.has_value()) {
-      gate_->verify();
-    }
-    down_.verify();
-  }
-  cpu::skinny_mm(out, work, kTorchThreads);
+  down_.verify();
 }
 
 MlpGradients Mlp::zero_gradients(const Tensor& like) const {

@@ -27,13 +27,8 @@ class Mlp {
   // Tokens per chunk so that one [tokens, hidden] activation stays small.
   int64_t chunk_tokens() const;
 
-  // y [t, d] for x [t, d].
+  // y [t, d] for x [t, d], contiguous.
   Tensor forward(const Tensor& x) const;
-
-  // The same for a few tokens, contiguous, without allocating: the time of a token at a time is
-  // that of reading the weights, and nothing else may show. The gate must be laid out like up_.
-  bool is_few(int64_t tokens) const;
-  void forward_few(const void* x, int64_t tokens, void* y) const;
 
   MlpGradients zero_gradients(const Tensor& like) const;
 
@@ -50,6 +45,9 @@ class Mlp {
     Tensor z, up;                // [t, rows], [t, n]
     std::optional<Tensor> gate;  // [t, n]
   };
+  SharedMlpParams params(const Tensor& x, const Tensor& y) const;
+  void verify() const;
+  Tensor forward_chain(const Tensor& x) const;  // product by product
   const Tensor& out_base() const { return base_out_.has_value() ? *base_out_ : base_; }
   void add_product(const Tensor& sums, const Tensor& a, const Tensor& b) const;
   void add_columns(const std::optional<Tensor>& sums, const Tensor& matrix) const;

@@ -40,11 +40,6 @@ Tensor shared_mlp(const Device& device, const Tensor& x, const Tensor& base,
   const Mlp mlp(device, x, base, base_out, up, gate, down, up_bias, gate_bias, down_bias, hidden,
                 activation, identity);
   const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  if (mlp.is_few(x.numel() / max_of(1, mlp.width()))) {
-    const Tensor rows = contiguous_of(x), y = make_empty(x, shape);
-    mlp.forward_few(rows.const_data_ptr(), x.numel() / mlp.width(), y.mutable_data_ptr());
-    return y;
-  }
   const Tensor tokens = flatten_tokens(x);
   if (tokens.size(0) <= mlp.chunk_tokens()) {
     return torch::stable::reshape(mlp.forward(tokens), shape);

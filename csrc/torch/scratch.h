@@ -29,19 +29,4 @@ inline char* thread_scratch(int64_t bytes) {
   return memory.get();
 }
 
-// Cuts one request into parts.
-class ScratchPlan {
- public:
-  // The offset of a part of `bytes` bytes.
-  int64_t add(int64_t bytes) {
-    const int64_t offset = bytes_;
-    bytes_ += round_up(bytes, 64);
-    return offset;
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  int64_t bytes_ = 0;
-};
-
 }  // namespace fips

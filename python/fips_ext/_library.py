@@ -25,8 +25,9 @@ def load() -> None:
     except OSError as error:
         _load_error = f"{found[0].name} does not load with torch {torch.__version__}: {error}"
         return
-    from . import _autocast, _autograd, _fake
+    from . import _autocast, _autograd, _fake, _tf32
 
+    _tf32.register(str(found[0]))
     for rules in (_fake, _autograd, _autocast):
         rules.register()
 

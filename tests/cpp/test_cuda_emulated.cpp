@@ -18,6 +18,7 @@ struct Case {
   int64_t tokens = 7, rows = 100, cols = 90;
   int bk = 32, bn = 32;
   bool transposed = false, bitmap = false, bias = true;
+  bool tf32 = false;
   int skew = 0;  // elements by which pointers and strides miss their alignment
 };
 
@@ -76,6 +77,7 @@ class Problem {
     p.bias = c.bias ? bias.data() : nullptr;
     p.out = const_cast<T*>(y.data());
     p.out_stride = out_stride;
+    p.allow_tf32 = c.tf32;
     return p;
   }
 
@@ -181,7 +183,7 @@ void expect_outputs(const Problem<T>& problem) {
         continue;
       }
       const auto [want, magnitude] = problem.expected(token, i);
-      const double allowed = epsilon * std::abs(want) + 1e-6 * (magnitude + 1);
+      const double allowed = epsilon * std::abs(want) + (c.tf32 ? 1e-3 : 1e-6) * (magnitude + 1);
       ASSERT_NEAR(got, want, allowed) << "token " << token << ", output " << i;
     }
   }
@@ -222,6 +224,14 @@ TEST_P(EveryBlock, BFloat16) {
 
 TEST_P(EveryBlock, Float32) {
   Case c = make();
+  expect_exact<float>(c);
+  c.tokens = 50;
+  expect_exact<float>(c, false);
+}
+
+TEST_P(EveryBlock, TF32) {
+  Case c = make();
+  c.tf32 = true;
   expect_exact<float>(c);
   c.tokens = 50;
   expect_exact<float>(c, false);

@@ -3,37 +3,33 @@ tests/cpp/test_cuda_emulated.cpp."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
 
-from fips_ext import BlockSparse, _library, functional, reference
+from fips_ext import BlockSparse, functional, reference
 
-from .cases import ENCODINGS, TOLERANCE, as_double, random_slice, relative_error
+from .cases import (
+    ENCODINGS,
+    TOLERANCE,
+    as_double,
+    leaves,
+    random_mlp,
+    random_slice,
+    relative_error,
+    with_leaves,
+)
+from .devices import CudaOps, reason_without_gpu
+from .test_shared_mlp import CHAIN_TOLERANCE, flat_arguments, in_double
 
-
-def _reason_to_skip() -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA GPU is visible to torch"
-    if not _library.available():
-        return "fips_ext has no compiled op library"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("fips::block_sparse_mm", "CUDA"):
-        return "fips_ext was built without CUDA (FIPS_WITH_CUDA)"
-    return None
-
-
-_skip = _reason_to_skip()
+_skip = reason_without_gpu()
 pytestmark = pytest.mark.skipif(_skip is not None, reason=_skip or "")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EDGES = (16, 32, 64, 128)
 
 
-def to_cuda(v: BlockSparse) -> BlockSparse:
-    fields = {f.name: getattr(v, f.name) for f in dataclasses.fields(v)}
-    return BlockSparse(**{n: t.cuda() if isinstance(t, Tensor) else t for n, t in fields.items()})
+to_cuda = CudaOps(torch.ops.fips, "cuda").put
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
@@ -185,3 +181,57 @@ def test_wrong_arguments_are_refused():
         functional.block_sparse_mm(x.double(), as_double(v))
     with pytest.raises((ValueError, RuntimeError), match="last dimension"):
         functional.block_sparse_mm(x[:, :60], v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "rank", "hidden"), [(192, 96, 768), (768, 384, 3072)])
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+@pytest.mark.parametrize("gated", [False, True])
+def test_mlp_of_real_widths(dtype, width, rank, hidden, tokens, gated):
+    mlp = random_mlp(gated, True, False, True, "block", dtype, width, hidden, rank, "silu")
+    x = randn(tokens, width, dtype=dtype)
+    y = functional.shared_mlp(x, **to_cuda(mlp))
+    assert relative_error(y.cpu(), reference.shared_mlp(x.cpu().double(), **in_double(mlp))) < (
+        2 * CHAIN_TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 200])
+@pytest.mark.parametrize("width", [64, 1024])
+def test_whole_mlp_in_a_graph_and_on_a_stream(tokens, width):
+    mlp = to_cuda(random_mlp(True, True, False, False, "block", torch.bfloat16, width, 2 * width, width // 2))
+    x = randn(tokens, width, dtype=torch.bfloat16)
+    functional.shared_mlp(x, **mlp)  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = functional.shared_mlp(x, **mlp)
+    for seed in (3, 4):
+        x.copy_(randn(tokens, width, dtype=torch.bfloat16, seed=seed))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, functional.shared_mlp(x, **mlp))
+
+
+def test_opcheck_and_autograd():
+    mlp = to_cuda(random_mlp(True, True, False, False, "block", torch.float32))
+    x = randn(40, 24, dtype=torch.float32).requires_grad_()
+    inputs = {name: t.clone().requires_grad_() for name, t in leaves(mlp).items()}
+    torch.library.opcheck(torch.ops.fips.shared_mlp.default, (x, *flat_arguments(with_leaves(mlp, inputs))))
+    y = functional.shared_mlp(x, **with_leaves(mlp, inputs))
+    found = torch.autograd.grad(y, [x, *inputs.values()], torch.ones_like(y))
+    wide = in_double(mlp)
+    exact = {name: t.clone().requires_grad_() for name, t in leaves(wide).items()}
+    data = x.detach().double().requires_grad_()
+    expected = reference.shared_mlp(data, **with_leaves(wide, exact))
+    for got, want in zip(
+        found, torch.autograd.grad(expected, [data, *exact.values()], torch.ones_like(expected)), strict=True
+    ):
+        assert relative_error(got, want) < 2 * CHAIN_TOLERANCE[torch.float32]
+
+
+def test_second_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    mlp = CudaOps(torch.ops.fips, "cuda:1").put(random_mlp(True, True, False, True, "block", torch.bfloat16))
+    x = randn(8, 24, dtype=torch.bfloat16).to("cuda:1")
+    assert functional.shared_mlp(x, **mlp).device == x.device

@@ -1,6 +1,8 @@
 // Activation functions and their derivatives, as kernels/activation.h lists them.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/activation.h"
 #include "kernels/cuda/common.cuh"
 
@@ -63,6 +65,27 @@ FIPS_DEVICE ActivationValue activate_with_slope(Activation activation, float x) 
     }
     default:
       return {x, 1.0f};
+  }
+}
+
+// Calls body(the activation as a constant), for unrolled loops that should decide once.
+template <class Body>
+FIPS_DEVICE void with_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::kGelu:
+      return body(std::integral_constant<Activation, Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return body(std::integral_constant<Activation, Activation::kGeluTanh>{});
+    case Activation::kSilu:
+      return body(std::integral_constant<Activation, Activation::kSilu>{});
+    case Activation::kRelu:
+      return body(std::integral_constant<Activation, Activation::kRelu>{});
+    case Activation::kRelu2:
+      return body(std::integral_constant<Activation, Activation::kRelu2>{});
+    case Activation::kQuickGelu:
+      return body(std::integral_constant<Activation, Activation::kQuickGelu>{});
+    default:
+      return body(std::integral_constant<Activation, Activation::kIdentity>{});
   }
 }
 

@@ -1,7 +1,12 @@
 #include "kernels/cuda/block_sparse_mm.h"
 #include "kernels/cuda/block_sparse_mm_heuristics.h"
 #include "kernels/cuda/block_sparse_mm_launch.h"
+#include "kernels/cuda/block_sparse_mm_resident.h"
 #include "kernels/cuda/device_info.h"
+
+#if defined(FIPS_CUDA_SM90)  // built for sm_90a as well
+#include "kernels/cuda/block_sparse_mm_sm90.h"
+#endif
 
 namespace fips::cuda {
 namespace {
@@ -12,7 +17,8 @@ void run(const BlockSparseMmParams& params, const MmTask& task, Stream stream) {
   const int token_tile =
       choose_token_tile({task.tokens, task.out_blocks, dtype, bitmap, current_device().sm_count});
   const int out_edge = params.transpose ? params.v.bk : params.v.bn;
-  const MmChoice choice{params.transpose, bitmap, out_edge, token_tile};
+  const bool tf32 = dtype == DType::kFloat32 && params.allow_tf32;
+  const MmChoice choice{params.transpose, bitmap, out_edge, token_tile, tf32};
   switch (dtype) {
     case DType::kBFloat16:
       return launch_mm<BFloat16>(choice, task, stream);
@@ -33,6 +39,15 @@ void block_sparse_mm(const BlockSparseMmParams& params, const MmEpilogue& epilog
   MmTask task = make_task(params);
   if (task.tokens == 0 || task.out_features == 0) {
     return;
+  }
+  const DeviceInfo device = current_device();
+#if defined(FIPS_CUDA_SM90)
+  if (device.capability == 90 && sm90_supports(params, epilogue, device)) {
+    return block_sparse_mm_sm90(params, epilogue, sm90_plan(params, epilogue, device), stream);
+  }
+#endif
+  if (prefers_resident(params) && resident_supports(params, epilogue, device)) {
+    return block_sparse_mm_resident(params, epilogue, stream);
   }
   task.activation = epilogue.activation;
   if (epilogue.gate != nullptr) {

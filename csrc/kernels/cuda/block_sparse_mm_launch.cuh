@@ -55,10 +55,12 @@ class MmLauncher {
   template <class Config>
   void run() const {
     const int64_t blocks = ceil_div(task_.tokens, Config::kTokens) * task_.out_blocks;
-    if constexpr (sizeof(T) == 2) {
+    if (sizeof(T) == 2 || choice_.tf32) {
       launch<block_sparse_mm_mma<Config>>(
           kOp, {blocks, MmaWarps<Config>::kThreads, Config::kSharedBytes}, task_, stream_);
-    } else {
+      return;
+    }
+    if constexpr (sizeof(T) == 4) {
       launch<block_sparse_mm_ffma<Config>>(
           kOp, {blocks, FfmaThreads<Config>::kThreads, Config::kSharedBytes}, task_, stream_);
     }

@@ -12,6 +12,7 @@ struct MmChoice {
   bool bitmap;
   int out_edge;    // block edge along the outputs: 16, 32, 64 or 128
   int token_tile;  // 16, 64 or 128 (block_sparse_mm_heuristics.h)
+  bool tf32;       // float32 on tensor cores
 };
 
 // T: BFloat16, Half or float, each instantiated in a file of its own.

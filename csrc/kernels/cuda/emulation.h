@@ -12,8 +12,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "core/check.h"
@@ -56,6 +59,13 @@ struct Warp {
                      [64];  // two, so that a fast lane cannot overwrite what a slow one reads
 };
 
+// State of instructions that only some architectures have (emulation_sm90.h).
+struct BlockExtension {
+  virtual ~BlockExtension() = default;
+  virtual void finish() {}  // all threads are done: throws if the block may not end like this
+  virtual std::string explain_deadlock() const { return ""; }
+};
+
 class Block {
  public:
   Block(int threads, int shared_bytes, int64_t index, bool reverse)
@@ -70,15 +80,47 @@ class Block {
     }
   }
 
-  void run(const std::function<void()>& kernel) {
+  // `kernel` outlives the block.
+  void start(const std::function<void()>& kernel) {
     kernel_ = &kernel;
-    current() = this;
     for (Fibre& fibre : fibres_) {
       start(fibre);
     }
-    while (resume_all()) {
+  }
+
+  // Every thread as far as it gets without other blocks.
+  struct Outcome {
+    bool unfinished, progressed;
+  };
+  Outcome advance() {
+    current() = this;
+    const int64_t first = progress_;
+    bool unfinished = true;
+    try {
+      for (int64_t before = -1; unfinished && before != progress_;) {
+        before = progress_;
+        unfinished = resume_all();
+        if (unfinished && before == progress_ && perform_deferred()) {
+          ++progress_;
+        }
+      }
+      if (!unfinished) {
+        finish();
+      }
+    } catch (...) {
+      current() = nullptr;
+      throw;
     }
     current() = nullptr;
+    return {unfinished, progress_ != first};
+  }
+
+  void run(const std::function<void()>& kernel) {
+    start(kernel);
+    FIPS_CHECK(
+        !advance().unfinished,
+        "emulation: deadlock, the threads of a block wait for each other at different places",
+        explain_deadlock());
   }
 
   static Block*& current() {
@@ -87,6 +129,8 @@ class Block {
   }
 
   unsigned char* shared() { return shared_.get(); }
+  int threads() const { return static_cast<int>(fibres_.size()); }
+  bool reverse() const { return reverse_; }
 
   void barrier() { any(false); }
 
@@ -99,6 +143,40 @@ class Block {
     }
     meet(barrier_);
     return any_[side];
+  }
+
+  void meet(Meeting& meeting) {
+    ++progress_;
+    const int generation = meeting.generation;
+    if (++meeting.arrived == meeting.size) {
+      meeting.arrived = 0;
+      ++meeting.generation;
+      return;
+    }
+    while (meeting.generation == generation) {
+      yield();
+    }
+  }
+
+  // Lets other threads run until `done()`.
+  template <class Done>
+  void wait_until(const Done& done) {
+    while (!done()) {
+      yield();
+    }
+    ++progress_;
+  }
+
+  // An operation that the hardware performs at a time of its own: here once every thread is stuck,
+  // oldest first, or newest first when the warps run in reverse.
+  void defer(std::function<void()> operation) { deferred_.push_back(std::move(operation)); }
+
+  template <class Extension>
+  Extension& extension() {
+    if (extension_ == nullptr) {
+      extension_ = std::make_unique<Extension>(*this);
+    }
+    return static_cast<Extension&>(*extension_);
   }
 
   // Every lane's `value`, once all lanes of the warp have brought theirs.
@@ -115,6 +193,13 @@ class Block {
     }
     return values;
   }
+
+  std::string explain_deadlock() const {
+    return extension_ == nullptr ? "" : extension_->explain_deadlock();
+  }
+
+  // Lets the other threads run, in this block and in others.
+  void yield() { swapcontext(&fibre().context, &scheduler_); }
 
   Fibre& fibre() { return fibres_[thread]; }
 
@@ -141,7 +226,11 @@ class Block {
 
   static void enter() {
     Block* block = current();
-    (*block->kernel_)();
+    try {
+      (*block->kernel_)();
+    } catch (...) {
+      block->failure_ = std::current_exception();
+    }
     block->fibre().done = true;
     ++block->progress_;
     swapcontext(&block->fibre().context, &block->scheduler_);
@@ -160,15 +249,29 @@ class Block {
   // first one runs far ahead of the last. False when all threads are done.
   bool resume_all() {
     const int warps = static_cast<int>(warps_.size());
-    const int64_t before = progress_;
     bool unfinished = false;
     for (int i = 0; i < warps; ++i) {
       unfinished |= resume_warp(reverse_ ? warps - 1 - i : i);
     }
-    FIPS_CHECK(
-        !unfinished || progress_ != before,
-        "emulation: deadlock, the threads of a block wait for each other at different places");
     return unfinished;
+  }
+
+  void finish() {
+    FIPS_CHECK(deferred_.empty(), "emulation: a block ends with asynchronous copies under way");
+    if (extension_ != nullptr) {
+      extension_->finish();
+    }
+  }
+
+  bool perform_deferred() {
+    if (deferred_.empty()) {
+      return false;
+    }
+    const auto which = reverse_ ? deferred_.end() - 1 : deferred_.begin();
+    const std::function<void()> operation = std::move(*which);
+    deferred_.erase(which);
+    operation();
+    return true;
   }
 
   bool resume_warp(int warp) {
@@ -181,23 +284,13 @@ class Block {
         if (!fibre().done) {
           unfinished = true;
           swapcontext(&scheduler_, &fibre().context);
+          if (failure_ != nullptr) {
+            std::rethrow_exception(failure_);
+          }
         }
       }
     }
     return unfinished;
-  }
-
-  void meet(Meeting& meeting) {
-    ++progress_;
-    const int generation = meeting.generation;
-    if (++meeting.arrived == meeting.size) {
-      meeting.arrived = 0;
-      ++meeting.generation;
-      return;
-    }
-    while (meeting.generation == generation) {
-      swapcontext(&fibre().context, &scheduler_);
-    }
   }
 
   std::vector<Fibre> fibres_;
@@ -207,6 +300,9 @@ class Block {
   bool any_[2] = {};  // by the parity of the barrier's generation
   ucontext_t scheduler_;
   const std::function<void()>* kernel_ = nullptr;
+  std::deque<std::function<void()>> deferred_;
+  std::unique_ptr<BlockExtension> extension_;
+  std::exception_ptr failure_;
   int64_t progress_ = 0;
   bool reverse_;
 };
@@ -229,6 +325,34 @@ void run_grid(Kernel* kernel, int64_t blocks, int threads, int shared_bytes, con
   for (int64_t index = 0; index < blocks; ++index) {
     Block block(threads, shared_bytes, index, settings().reverse);
     block.run([&] { kernel(task); });
+  }
+}
+
+// For kernels whose blocks wait for each other: all blocks exist at once and run in turn, each as
+// far as it gets, the first one ahead of all others (or with `reverse` the last one).
+template <class Kernel, class Task>
+void run_grid_together(Kernel* kernel, int64_t blocks, int threads, int shared_bytes,
+                       const Task& task) {
+  FIPS_CHECK(shared_bytes <= device().max_shared_bytes, "emulation: ", shared_bytes,
+             " bytes of shared memory, but a block has ", device().max_shared_bytes);
+  FIPS_CHECK(blocks <= device().sm_count, "emulation: ", blocks,
+             " blocks that wait for each other, but the device runs ", device().sm_count,
+             " at once");
+  const std::function<void()> body = [&] { kernel(task); };
+  std::vector<std::unique_ptr<Block>> grid;
+  for (int64_t index = 0; index < blocks; ++index) {
+    grid.push_back(std::make_unique<Block>(threads, shared_bytes, index, settings().reverse));
+    grid.back()->start(body);
+  }
+  for (bool unfinished = true; unfinished;) {
+    unfinished = false;
+    bool progressed = false;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Block::Outcome outcome = grid[settings().reverse ? blocks - 1 - i : i]->advance();
+      unfinished |= outcome.unfinished;
+      progressed |= outcome.progressed;
+    }
+    FIPS_CHECK(!unfinished || progressed, "emulation: deadlock, blocks wait for each other");
   }
 }
 
@@ -277,7 +401,19 @@ FIPS_DEVICE void warp_sums(T (&values)[kCount]) {
   memcpy(values, lanes[0].value, sizeof values);
 }
 
+// Orders the warp's accesses to memory before and after it.
+FIPS_DEVICE void warp_barrier() { emulation::Block::current()->exchange(0); }
+
 FIPS_DEVICE int popcount(uint32_t bits) { return __builtin_popcount(bits); }
+
+// ---- between thread blocks that run at the same time
+// ---------------------------------------------
+
+FIPS_DEVICE uint64_t load_acquire(const uint64_t* word) { return *word; }
+FIPS_DEVICE void store_release(uint64_t* word, uint64_t value) { *word = value; }
+FIPS_DEVICE void spin() { emulation::Block::current()->yield(); }
+
+FIPS_DEVICE void prefetch_l2(const void*) {}
 
 // ---- copies to shared memory
 // ---------------------------------------------------------------------
@@ -366,6 +502,19 @@ FIPS_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) {
   emulation::ldmatrix(r, row, true);
 }
 
+FIPS_DEVICE uint32_t movmatrix_transposed(uint32_t value) {
+  auto* block = emulation::Block::current();
+  const auto rows =
+      block->exchange(value);  // lane l holds row l / 4, columns 2 (l % 4) and one more
+  const int row = block->thread % emulation::kLanes / 4;
+  uint32_t result = 0;
+  for (int i = 0; i < 2; ++i) {
+    const int column = block->thread % 4 * 2 + i;
+    result |= uint32_t{emulation::half_of(rows[column * 4 + row / 2], row % 2)} << (16 * i);
+  }
+  return result;
+}
+
 template <class T>
 FIPS_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   auto* block = emulation::Block::current();
@@ -375,6 +524,28 @@ FIPS_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
       d[i] += emulation::a_element<T>(lanes, row, k) * emulation::b_element<T>(lanes, k, column);
+    }
+  }
+}
+
+// Round to nearest, ties away from zero.
+FIPS_DEVICE uint32_t to_tf32(uint32_t bits) { return (bits + 0x1000u) & ~0x1fffu; }
+
+FIPS_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  auto* block = emulation::Block::current();
+  const auto lanes = block->exchange(emulation::Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const auto value = [](uint32_t bits) {
+    FIPS_CHECK((bits & 0x1fffu) == 0, "emulation: an operand that is not rounded to TF32");
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+  };
+  const int lane = block->thread % emulation::kLanes;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 8; ++k) {
+      d[i] += value(lanes[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]) *
+              value(lanes[column * 4 + k % 4].b[k / 4]);
     }
   }
 }

@@ -13,7 +13,7 @@ inline constexpr int kWarpSize = 32;
 inline constexpr int kChunkBytes = 16;   // the widest access of one thread, and of cp.async
 inline constexpr int kStageBytes = 128;  // bytes along the reduction that one pipeline stage covers
 
-inline int log2_of_edge(int32_t edge) {
+FIPS_INLINE FIPS_HOST_DEVICE int log2_of_edge(int32_t edge) {
   int shift = 0;
   while ((int32_t{1} << shift) < edge) {
     ++shift;
@@ -84,14 +84,19 @@ struct TileIndex {
 inline constexpr int64_t kRasterGroup = 8;
 
 // Blocks of a grid run roughly in order. Walking kRasterGroup token tiles together keeps both the
-// tokens and the slice's blocks of the running wave in L2.
+// tokens and the slice's blocks of the running wave in L2. Int: wide enough for the count of tiles.
+template <class Int>
+FIPS_INLINE FIPS_HOST_DEVICE TileIndex raster_tile(Int index, Int token_tiles, Int out_blocks) {
+  constexpr Int kGroup = static_cast<Int>(kRasterGroup);
+  const Int first = index / (kGroup * out_blocks) * kGroup;
+  const Int width = token_tiles - first < kGroup ? token_tiles - first : kGroup;
+  const Int within = index - first * out_blocks;
+  return {first + within % width, within / width};
+}
+
 FIPS_INLINE FIPS_HOST_DEVICE TileIndex tile_of(int64_t index, int64_t token_tiles,
                                                int64_t out_blocks) {
-  const int64_t group = index / (kRasterGroup * out_blocks);
-  const int64_t first = group * kRasterGroup;
-  const int64_t width = min_of(kRasterGroup, token_tiles - first);
-  const int64_t within = index - first * out_blocks;
-  return {first + within % width, within / width};
+  return raster_tile<int64_t>(index, token_tiles, out_blocks);
 }
 
 // ---- walking the stored blocks of one output block

@@ -35,6 +35,12 @@ void launch(const char* op, const LaunchShape& shape, const Task& task, Stream) 
   emulation::run_grid(kKernel, shape.blocks, shape.threads, shape.shared_bytes, task);
 }
 
+template <auto kKernel, class Task>
+void launch_together(const char* op, const LaunchShape& shape, const Task& task, Stream) {
+  check_launch(op, shape);
+  emulation::run_grid_together(kKernel, shape.blocks, shape.threads, shape.shared_bytes, task);
+}
+
 #else
 
 // More than 48 KiB of shared memory needs a permission, once per kernel and device.
@@ -73,6 +79,27 @@ void launch(const char* op, const LaunchShape& shape, const Task& task, Stream s
   FIPS_CHECK(status == cudaSuccess, op, ": launching ", shape.blocks, " blocks of ", shape.threads,
              " threads with ", shape.shared_bytes, " bytes of shared memory failed with ",
              cudaGetErrorName(status), " (", cudaGetErrorString(status), ")");
+}
+
+// The same for blocks that wait for each other: all of them run at once, or the launch fails. Also
+// keeps two such kernels on different streams from each holding half of the device.
+template <auto kKernel, class Task>
+void launch_together(const char* op, const LaunchShape& shape, const Task& task, Stream stream) {
+  if (shape.blocks == 0) {
+    return;
+  }
+  check_launch(op, shape);
+  if (shape.shared_bytes > 48 * 1024) {
+    allow_shared_memory<kKernel>(shape.shared_bytes);
+  }
+  void* arguments[] = {const_cast<Task*>(&task)};
+  const cudaError_t status = cudaLaunchCooperativeKernel(
+      kKernel, dim3(static_cast<unsigned>(shape.blocks)), dim3(shape.threads), arguments,
+      static_cast<size_t>(shape.shared_bytes), stream);
+  FIPS_CHECK(status == cudaSuccess, op, ": launching ", shape.blocks, " blocks of ", shape.threads,
+             " threads together, with ", shape.shared_bytes,
+             " bytes of shared memory each, failed with ", cudaGetErrorName(status), " (",
+             cudaGetErrorString(status), ")");
 }
 
 #endif

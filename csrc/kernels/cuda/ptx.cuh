@@ -54,7 +54,32 @@ FIPS_DEVICE void warp_sums(T (&values)[kCount]) {
   }
 }
 
+// Orders the warp's accesses to memory before and after it.
+FIPS_DEVICE void warp_barrier() { __syncwarp(); }
+
 FIPS_DEVICE int popcount(uint32_t bits) { return __popc(bits); }
+
+// ---- between thread blocks that run at the same time
+// ---------------------------------------------
+
+FIPS_DEVICE uint64_t load_acquire(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];\n" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+FIPS_DEVICE void store_release(uint64_t* word, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;\n" ::"l"(word), "l"(value) : "memory");
+}
+
+// Inside a loop that waits for another block. The hardware needs nothing; emulation runs the
+// others.
+FIPS_DEVICE void spin() {}
+
+// A hint: the 128-byte line of `source`, any address, will be read.
+FIPS_DEVICE void prefetch_l2(const void* source) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(source));
+}
 
 // ---- copies to shared memory
 // ---------------------------------------------------------------------
@@ -98,6 +123,13 @@ FIPS_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) {
                : "memory");
 }
 
+// The transpose of an 8x8 matrix of 16-bit elements spread over the warp, two elements a lane.
+FIPS_DEVICE uint32_t movmatrix_transposed(uint32_t value) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(result) : "r"(value));
+  return result;
+}
+
 // d += a * b for a 16x16 (row-major), b 16x8 (column-major) and d 16x8, spread over the warp.
 template <class T>
 FIPS_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -115,6 +147,21 @@ template <>
 __device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t (&a)[4],
                                                    uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// float32 rounded to the 10 mantissa bits that the tensor cores read, as bits.
+FIPS_DEVICE uint32_t to_tf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+}
+
+// The same for 8 reduction positions of TF32: a 16x8 (row-major), b 8x8 (column-major).
+FIPS_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -29,7 +29,7 @@ struct AddDoubleTask {
   int64_t count;
 };
 
-FIPS_KERNEL(kThreads, 8)
+FIPS_KERNEL(kThreads, 6)  // 1536 threads: all that some multiprocessors hold
 add_double_kernel(const AddDoubleTask task) {
   const int64_t i = block_index() * kThreads + thread_index();
   if (i < task.count) {
