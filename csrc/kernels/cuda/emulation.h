@@ -132,7 +132,18 @@ class Block {
   int threads() const { return static_cast<int>(fibres_.size()); }
   bool reverse() const { return reverse_; }
 
-  void barrier() { meet(barrier_); }
+  void barrier() { any(false); }
+
+  // A barrier; true when `value` is true in any thread.
+  bool any(bool value) {
+    const int side = barrier_.generation & 1;
+    any_[side] |= value;
+    if (barrier_.arrived + 1 == barrier_.size) {
+      any_[1 - side] = false;  // all have read it: they are here
+    }
+    meet(barrier_);
+    return any_[side];
+  }
 
   void meet(Meeting& meeting) {
     ++progress_;
@@ -286,6 +297,7 @@ class Block {
   std::vector<Warp> warps_;
   SharedMemory shared_;
   Meeting barrier_;
+  bool any_[2] = {};  // by the parity of the barrier's generation
   ucontext_t scheduler_;
   const std::function<void()>* kernel_ = nullptr;
   std::deque<std::function<void()>> deferred_;
@@ -357,10 +369,36 @@ inline void perform(const Copy& copy) {
 FIPS_DEVICE int thread_index() { return emulation::Block::current()->thread; }
 FIPS_DEVICE int64_t block_index() { return emulation::Block::current()->index; }
 FIPS_DEVICE void block_barrier() { emulation::Block::current()->barrier(); }
+FIPS_DEVICE bool block_any(bool value) { return emulation::Block::current()->any(value); }
 FIPS_DEVICE unsigned char* dynamic_shared_memory() { return emulation::Block::current()->shared(); }
 
 FIPS_DEVICE uint32_t shuffle(uint32_t value, int source) {
   return emulation::Block::current()->exchange(value)[source % emulation::kLanes];
+}
+
+namespace emulation {
+
+template <class T, int kCount>
+struct Values {
+  T value[kCount];
+};
+
+}  // namespace emulation
+
+// In the order of the butterfly on the device, in which lanes l and l ^ step hold equal sums.
+template <class T, int kCount>
+FIPS_DEVICE void warp_sums(T (&values)[kCount]) {
+  emulation::Values<T, kCount> mine;
+  memcpy(mine.value, values, sizeof values);
+  auto lanes = emulation::Block::current()->exchange(mine);
+  for (int step = emulation::kLanes / 2; step > 0; step /= 2) {
+    for (int lane = 0; lane < step; ++lane) {
+      for (int i = 0; i < kCount; ++i) {
+        lanes[lane].value[i] += lanes[lane + step].value[i];
+      }
+    }
+  }
+  memcpy(values, lanes[0].value, sizeof values);
 }
 
 // Orders the warp's accesses to memory before and after it.

@@ -29,6 +29,9 @@ FIPS_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 FIPS_DEVICE int64_t block_index() { return blockIdx.x; }
 FIPS_DEVICE void block_barrier() { __syncthreads(); }
 
+// A barrier that tells every thread whether `value` is true in any of them.
+FIPS_DEVICE bool block_any(bool value) { return __syncthreads_or(value) != 0; }
+
 FIPS_DEVICE unsigned char* dynamic_shared_memory() {
   extern __shared__ __align__(128) unsigned char fips_shared_memory[];
   return fips_shared_memory;
@@ -37,6 +40,18 @@ FIPS_DEVICE unsigned char* dynamic_shared_memory() {
 // The value of `source` lane; every lane of the warp takes part.
 FIPS_DEVICE uint32_t shuffle(uint32_t value, int source) {
   return __shfl_sync(0xffffffffu, value, source);
+}
+
+// Adds each of `values` up over the warp, always in the same order; every lane gets the same sums.
+template <class T, int kCount>
+FIPS_DEVICE void warp_sums(T (&values)[kCount]) {
+  FIPS_UNROLL
+  for (int step = 16; step > 0; step /= 2) {
+    FIPS_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      values[i] += __shfl_xor_sync(0xffffffffu, values[i], step);
+    }
+  }
 }
 
 // Orders the warp's accesses to memory before and after it.

@@ -23,6 +23,20 @@ add_kernel(const AddTask task) {
   }
 }
 
+struct AddDoubleTask {
+  double* sums;
+  const double* values;
+  int64_t count;
+};
+
+FIPS_KERNEL(kThreads, 6)  // 1536 threads: all that some multiprocessors hold
+add_double_kernel(const AddDoubleTask task) {
+  const int64_t i = block_index() * kThreads + thread_index();
+  if (i < task.count) {
+    task.sums[i] += task.values[i];
+  }
+}
+
 struct ScaleTask {
   void* out;
   const float* sums;
@@ -88,6 +102,11 @@ void add_into(float* sums, const void* values, DType dtype, int64_t count, Strea
     launch<add_kernel<decltype(element)>>("add_into", {ceil_div(count, kThreads), kThreads},
                                           AddTask{sums, values, count}, stream);
   });
+}
+
+void add_into(double* sums, const double* values, int64_t count, Stream stream) {
+  launch<add_double_kernel>("add_into", {ceil_div(count, kThreads), kThreads},
+                            AddDoubleTask{sums, values, count}, stream);
 }
 
 void scale_into(void* out, const float* sums, double scale, DType dtype, int64_t count,

@@ -11,6 +11,7 @@ namespace fips::cuda {
 
 // sums[i] += values[i]
 void add_into(float* sums, const void* values, DType dtype, int64_t count, Stream stream);
+void add_into(double* sums, const double* values, int64_t count, Stream stream);
 
 // out[i] = scale * sums[i], rounded to `dtype`
 void scale_into(void* out, const float* sums, double scale, DType dtype, int64_t count,
