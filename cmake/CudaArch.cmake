@@ -2,11 +2,13 @@
 # is found, never because a GPU is visible: what a build contains must not depend on the machine's cards.
 #
 # Architectures, first one set wins: CMAKE_CUDA_ARCHITECTURES, $CUDAARCHS (CMake's own),
-# $TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), the release list. sm_90a holds Hopper's own instructions; the last
-# entry also carries PTX, for GPUs that do not exist yet.
-set(FIPS_RELEASE_CUDA_ARCHS 80-real 86-real 89-real 90a-real 100-real 120)
+# $TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), the release list. sm_90a holds Hopper's own instructions; 100 also
+# carries PTX, for later GPUs.
+set(FIPS_RELEASE_CUDA_ARCHS 80-real 86-real 89-real 90a-real 100 120-real)
 
-# "8.0;9.0a+PTX" -> 80-real;90a (real machine code, and PTX too where +PTX asks for it).
+# "8.0;9.0+PTX" -> 80-real;90a-real;90-virtual: machine code, and PTX too where +PTX asks for it. Hopper's own
+# instructions need 90a, which every GPU of capability 9.0 runs; as PTX it would run nowhere else. What is
+# older than 8.0 is left out: a container's list is about torch, not about us.
 function(fips_archs_from_torch list out)
   string(REGEX REPLACE "[ ,]+" ";" entries "${list}")
   set(archs)
@@ -15,12 +17,24 @@ function(fips_archs_from_torch list out)
       message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: '${entry}' is not understood; write numbers such as "
         "\"8.0;9.0a+PTX\", or set CMAKE_CUDA_ARCHITECTURES")
     endif()
-    set(arch "${CMAKE_MATCH_1}${CMAKE_MATCH_2}${CMAKE_MATCH_3}")
-    if(NOT CMAKE_MATCH_4)
-      string(APPEND arch "-real")
+    set(arch "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
+    set(suffix "${CMAKE_MATCH_3}")
+    set(ptx "${CMAKE_MATCH_4}")
+    if(arch LESS 80)
+      message(STATUS "TORCH_CUDA_ARCH_LIST: ${entry} is left out, the kernels need 8.0 or later")
+      continue()
     endif()
-    list(APPEND archs ${arch})
+    if(arch EQUAL 90)
+      set(suffix a)
+    endif()
+    list(APPEND archs ${arch}${suffix}-real)
+    if(ptx)
+      list(APPEND archs ${arch}-virtual)
+    endif()
   endforeach()
+  if(NOT archs)
+    message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: '${list}' has nothing from 8.0 on; set CMAKE_CUDA_ARCHITECTURES")
+  endif()
   set(${out} "${archs}" PARENT_SCOPE)
 endfunction()
 
@@ -57,6 +71,10 @@ if(FIPS_CUDA)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   string(REGEX REPLACE "-(real|virtual)" "" FIPS_CUDA_ARCHS "${CMAKE_CUDA_ARCHITECTURES}")
   string(REPLACE ";" " " FIPS_CUDA_ARCHS "${FIPS_CUDA_ARCHS}")  # one string for a compile definition
+  if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90" AND NOT "${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
+    message(WARNING "CMAKE_CUDA_ARCHITECTURES has 90 without 90a: Hopper's own kernels (TMA, wgmma) are not built; "
+      "write 90a-real")
+  endif()
   message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION}: architectures ${CMAKE_CUDA_ARCHITECTURES}")
 else()
   message(STATUS "CUDA: off (FIPS_WITH_CUDA=${FIPS_WITH_CUDA})")

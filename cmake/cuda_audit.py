@@ -2,8 +2,9 @@
 
 Reads the output of a build with ``-Xptxas=-v`` (``make cuda-audit``) and prints one row per kernel template
 and architecture: the number of instantiations, the registers per thread of the least and the most demanding
-one, static shared memory and spilled bytes of the worst. Exits with 1 if a kernel spills more than
-``cuda_budget.json`` beside this file allows, or if an expected architecture is missing.
+one, static shared memory, and local memory of the worst: spill stores and loads, or the stack frame where
+that is more, as an array indexed at run time has nothing else to show. Exits with 1 if a kernel has more of
+it than ``cuda_budget.json`` beside this file allows, or if an expected architecture is missing.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ class Kernel:
     arch: str
     registers: int
     shared: int
-    spilled: int
+    local: int
 
 
 def parse(log: str) -> list[Kernel]:
     """The kernels that ``ptxas -v`` reported in ``log``."""
     kernels = []
     symbol = arch = None
-    spilled = 0
+    local = 0
     for line in log.splitlines():
         if match := _ENTRY.search(line):
             symbol, arch = match.groups()
-            spilled = 0
+            local = 0
         elif match := _SPILL.search(line):
-            spilled = int(match[2]) + int(match[3])
+            local = max(int(match[1]), int(match[2]) + int(match[3]))
         elif symbol is not None and (match := _USED.search(line)):
-            kernels.append(Kernel(symbol, arch, int(match[1]), int(match[2] or 0), spilled))
+            kernels.append(Kernel(symbol, arch, int(match[1]), int(match[2] or 0), local))
             symbol = None
     return kernels
 
@@ -67,10 +68,10 @@ def check(kernels: list[Kernel], names: dict[str, str], budget: dict) -> list[st
     problems = []
     for kernel in kernels:
         name = short_name(names[kernel.symbol])
-        allowed = budget["spilled_bytes"].get(name, 0)
-        if kernel.spilled > allowed:
+        allowed = budget["local_bytes"].get(name, 0)
+        if kernel.local > allowed:
             problems.append(
-                f"{names[kernel.symbol]} spills {kernel.spilled} bytes on {kernel.arch}; "
+                f"{names[kernel.symbol]} has {kernel.local} bytes in local memory on {kernel.arch}; "
                 f"{allowed} are allowed"
             )
     missing = set(budget["architectures"]) - {kernel.arch for kernel in kernels}
@@ -83,12 +84,12 @@ def table(kernels: list[Kernel], names: dict[str, str]) -> str:
     groups: dict[tuple[str, str], list[Kernel]] = {}
     for kernel in kernels:
         groups.setdefault((short_name(names[kernel.symbol]), kernel.arch), []).append(kernel)
-    rows = [("kernel", "arch", "variants", "registers", "static shared", "spilled")]
+    rows = [("kernel", "arch", "variants", "registers", "static shared", "local")]
     for (name, arch), members in sorted(groups.items()):
         registers = sorted(member.registers for member in members)
         span = str(registers[-1]) if registers[0] == registers[-1] else f"{registers[0]}-{registers[-1]}"
-        shared, spilled = (max(getattr(m, field) for m in members) for field in ("shared", "spilled"))
-        rows.append((name, arch, str(len(members)), span, str(shared), str(spilled)))
+        shared, local = (max(getattr(m, field) for m in members) for field in ("shared", "local"))
+        rows.append((name, arch, str(len(members)), span, str(shared), str(local)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows

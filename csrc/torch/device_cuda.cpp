@@ -47,8 +47,11 @@ int64_t CudaDevice::chunk_tokens(int64_t hidden, bool gradients) const {
 }
 
 bool CudaDevice::has_shared_mlp(const SharedMlpParams& params) const {
-  return params.tokens > 0 &&
-         (decodes(params) || cuda::fuses_shared_mlp(params, cuda::current_device()));
+  if (params.tokens == 0 || decodes(params)) {
+    return params.tokens > 0;
+  }
+  const cuda::DeviceInfo device = cuda::current_device();
+  return cuda::prefers_fused_mlp(params, device) && cuda::fuses_shared_mlp(params, device);
 }
 
 bool CudaDevice::shared_mlp(const SharedMlpParams& params) const {

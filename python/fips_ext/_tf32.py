@@ -8,10 +8,8 @@ import torch
 
 
 def _is_allowed() -> int:
-    try:
-        return int(torch.backends.cuda.matmul.allow_tf32)
-    except RuntimeError:  # set through the newer fp32_precision, which refuses the old name
-        return int(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    # It follows the older allow_tf32 and set_float32_matmul_precision, too, and never raises or warns.
+    return int(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 _query = ctypes.CFUNCTYPE(ctypes.c_int)(_is_allowed)  # called by the library as long as it lives

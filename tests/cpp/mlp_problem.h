@@ -15,6 +15,7 @@ namespace fips::testing {
 struct MlpCase {
   int64_t tokens = 5, width = 32, rank = 32, rank_out = 32, hidden = 100;
   int bk = 16, bn = 16;
+  int gate_bk = 0;  // of the gate alone; 0: bk
   DType dtype = DType::kBFloat16;
   bool gated = false, bias = true, shared_base = false;
   Activation activation = Activation::kGelu;
@@ -42,13 +43,14 @@ inline double exact_activation(Activation kind, double x) {
 
 // A slice with elements of any type: `pack` moves raw elements.
 struct TypedSlice {
-  TypedSlice(const DenseSlice& dense, const MlpCase& c) : dtype(c.dtype) {
+  TypedSlice(const DenseSlice& dense, const MlpCase& c, int bk = 0) : dtype(c.dtype) {
     const Elements typed(dense.values, c.dtype);
     for (int64_t i = 0; i < dense.rows * dense.cols; ++i) {
       exact.push_back(typed[i]);
     }
-    packed = fips::pack(typed.data(), dense.keep.data(), dense.rows, dense.cols, c.bk, c.bn,
-                        static_cast<int32_t>(element_size(c.dtype)), false);
+    packed =
+        fips::pack(typed.data(), dense.keep.data(), dense.rows, dense.cols, bk == 0 ? c.bk : bk,
+                   c.bn, static_cast<int32_t>(element_size(c.dtype)), false);
   }
   BlockSparseView view() const { return packed.view(dtype); }
 
@@ -65,7 +67,7 @@ class MlpProblem {
         base(scaled(c.width * c.rank, 2, c.width), c.dtype),
         base_out(scaled(c.width * c.rank_out, 3, c.rank_out), c.dtype),
         up(random_dense(c.rank, c.hidden, c.density, 4), c),
-        gate(random_dense(c.rank, c.hidden, c.density, 5), c),
+        gate(random_dense(c.rank, c.hidden, c.density, 5), c, c.gate_bk),
         down(random_dense(c.rank_out, c.hidden, c.density, 6), c),
         up_bias(random_vector(c.hidden, 7), c.dtype),
         gate_bias(random_vector(c.hidden, 8), c.dtype),

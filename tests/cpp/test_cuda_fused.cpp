@@ -23,7 +23,7 @@ void expect_close(const MlpCase& c, int shared_bytes = kHopperBytes, bool revers
   SCOPED_TRACE(::testing::Message() << "tokens " << c.tokens << " width " << c.width << " ranks "
                                     << c.rank << ", " << c.rank_out << " hidden " << c.hidden
                                     << " block " << c.bk << "x" << c.bn << " gated " << c.gated);
-  emulation::settings() = {{132, 90, shared_bytes}, reverse};
+  emulation::settings() = {{1, 90, shared_bytes}, reverse};
   MlpProblem problem(c);
   const SharedMlpParams params = problem.params();
   ASSERT_TRUE(fuses_shared_mlp(params, current_device()));
@@ -90,7 +90,7 @@ TEST(CudaFused, ChunksOfHGiveTheSameResult) {
   MlpCase c;
   c.hidden = 400;
   MlpProblem whole(c), chunked(c);
-  emulation::settings() = {{132, 90, kHopperBytes}, false};
+  emulation::settings() = {{1, 90, kHopperBytes}, false};
   const SharedMlpParams params = whole.params();
   ASSERT_EQ(plan_fused(params, current_device())->chunk, 400);
   shared_mlp_fused(params, nullptr);
@@ -100,6 +100,19 @@ TEST(CudaFused, ChunksOfHGiveTheSameResult) {
   shared_mlp_fused(again, nullptr);
   for (int64_t i = 0; i < c.tokens * c.width; ++i) {
     ASSERT_EQ(whole.result(0, i), chunked.result(0, i)) << i;
+  }
+}
+
+TEST(CudaFused, SlicesWithBlocksOfTheirOwn) {
+  for (const int gate_bk : {16, 64, 128}) {
+    for (const int up_bk : {16, 64}) {
+      MlpCase c;
+      c.gated = true;
+      c.rank = 48;
+      c.bk = up_bk;
+      c.gate_bk = gate_bk;
+      expect_close(c);
+    }
   }
 }
 
@@ -141,13 +154,13 @@ TEST(CudaFused, BrokenIndicesStayInBounds) {
     packed.col_ptr[1] = packed.row_ptr[1] = kFar;
     packed.col_ptr[0] = packed.row_ptr[0] = -kFar;
   }
-  emulation::settings() = {{132, 90, kHopperBytes}, false};
+  emulation::settings() = {{1, 90, kHopperBytes}, false};
   shared_mlp_fused(problem.params(), nullptr);
   EXPECT_TRUE(std::isfinite(problem.relative_error()));
 }
 
 TEST(CudaFused, RefusesWhatItCannotDo) {
-  emulation::settings() = {{132, 90, kHopperBytes}, false};
+  emulation::settings() = {{1, 90, kHopperBytes}, false};
   MlpProblem problem(MlpCase{});
   const SharedMlpParams good = problem.params();
   const auto takes = [](SharedMlpParams p) { return fuses_shared_mlp(p, current_device()); };
@@ -169,6 +182,7 @@ TEST(CudaFused, RefusesWhatItCannotDo) {
 
 SharedMlpParams shape(int64_t width, int64_t rank, int64_t hidden) {
   SharedMlpParams p;
+  p.tokens = 50176;
   p.width = width;
   p.rank = p.rank_out = rank;
   p.up.rows = rank;
@@ -189,6 +203,12 @@ TEST(FusedPlan, SwinStagesFitOnHopper) {
     EXPECT_LE(plan->shared_bytes, kHopperBytes);
     EXPECT_EQ(plan->chunk % 16, 0);
   }
+  SharedMlpParams few = shape(192, 96, 768);
+  few.tokens = 5000;  // 128 at a time would leave two thirds of the chip idle
+  EXPECT_EQ(plan_fused(few, hopper)->token_tile, 64);
+  EXPECT_TRUE(prefers_fused_mlp(few, hopper));
+  few.tokens = 1000;
+  EXPECT_FALSE(prefers_fused_mlp(few, hopper));
   EXPECT_EQ(plan_fused(shape(384, 384, 1536), hopper)->token_tile, 64);
   EXPECT_FALSE(plan_fused(shape(768, 768, 3072), hopper).has_value());
 }

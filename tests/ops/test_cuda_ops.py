@@ -110,6 +110,19 @@ def test_shared_mlp(cuda, dtype, activation):
         assert relative_error(y.cpu(), expected) < CHAIN_TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("tokens", [5, 4300])
+def test_every_slice_may_have_blocks_of_its_own(cuda, tokens):
+    if tokens > 100 and cuda.device == "cpu":
+        pytest.skip("emulated, many tokens take minutes; tests/cpp/test_cuda_fused.cpp has fewer")
+    mlp = random_mlp(True, True, False, True, "block", torch.bfloat16, 64, 90, 48)
+    for seed, (role, block) in enumerate((("up", (16, 16)), ("gate", (64, 16)), ("down", (32, 16)))):
+        mlp[role] = random_slice(48, 90, block, "block", torch.bfloat16, seed=seed)
+    x = randn(tokens, 64, dtype=torch.bfloat16)
+    y = cuda.ops.shared_mlp(cuda.put(x), *cuda.put(flat_arguments(mlp)))
+    expected = reference.shared_mlp(x.double(), **in_double(mlp))
+    assert relative_error(y.cpu(), expected) < CHAIN_TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("identity", [False, True])
 @pytest.mark.parametrize("per_role", [False, True])

@@ -163,6 +163,7 @@ FIPS_DEVICE void leave_panels(const Sm90Task& task, const ResidentShared<Config>
   for (int panel = 0; panel < panel_count(task); ++panel) {
     mbarrier_wait(shared.panel_full(panel), parity);
   }
+  warp_barrier();  // a lane still polling would miss the phase once the producer goes on
   if (lane_index() == 0) {
     mbarrier_arrive(shared.panels_empty());
   }

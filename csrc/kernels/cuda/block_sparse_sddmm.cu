@@ -36,16 +36,14 @@ SddmmSplit split_of(const BlockSparseSddmmParams& p) {
   return split_tokens(p.tokens, p.v.num_blocks, p.v.slots(), current_device().sm_count);
 }
 
-// A single range of tokens that need not be added to anything goes straight to the result.
-bool is_direct(const BlockSparseSddmmParams& p, const SddmmSplit& split) {
-  return split.splits == 1 && !p.accumulate;
-}
+// A single range of tokens goes straight to the result.
+bool is_direct(const SddmmSplit& split) { return split.splits == 1; }
 
 }  // namespace
 
 int64_t block_sparse_sddmm_workspace(const BlockSparseSddmmParams& params) {
   const SddmmSplit split = split_of(params);
-  return is_direct(params, split)
+  return is_direct(split)
              ? 0
              : split.splits * params.v.num_blocks * params.v.slots() * int64_t{sizeof(float)};
 }
@@ -70,7 +68,8 @@ void block_sparse_sddmm(const BlockSparseSddmmParams& params, void* workspace, S
   task.wide_b = is_aligned(params.b, 16) && params.b_stride % 8 == 0;
   task.splits = split.splits;
   task.split_tokens = split.split_tokens;
-  task.partial = static_cast<float*>(is_direct(params, split) ? params.out : workspace);
+  task.accumulate = is_direct(split) && params.accumulate;
+  task.partial = static_cast<float*>(is_direct(split) ? params.out : workspace);
   const int64_t tiles = ceil_div(params.v.rows, kSddmmTile) * ceil_div(params.v.cols, kSddmmTile);
   with_element_type(kOp, params.v.dtype, [&](auto element) {
     using T = decltype(element);
@@ -80,7 +79,7 @@ void block_sparse_sddmm(const BlockSparseSddmmParams& params, void* workspace, S
           kOp, {tiles * split.splits, Config::kThreads, Config::kSharedBytes}, task, stream);
     }
   });
-  if (!is_direct(params, split)) {
+  if (!is_direct(split)) {
     launch<add_partial_sums>(
         kOp, {ceil_div(count, kAddThreads), kAddThreads},
         AddTask{static_cast<const float*>(workspace), static_cast<float*>(params.out), count,

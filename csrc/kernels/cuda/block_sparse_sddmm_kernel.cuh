@@ -167,7 +167,12 @@ FIPS_DEVICE void store_cells(const SddmmTask& task, const SddmmPlace& place,
             static_cast<int>((row + j * kSddmmCell) % task.v.bk) + part % 2 * 8 + at.col;
         const float(&sum)[4] = sums.value[i][j][part % 2];
         float* target = out + id * slots + in_column * task.v.bk + in_row;
-        *reinterpret_cast<Pair<float>*>(target) = {{sum[part / 2 * 2], sum[part / 2 * 2 + 1]}};
+        Pair<float> pair{{sum[part / 2 * 2], sum[part / 2 * 2 + 1]}};
+        if (task.accumulate) {  // each slot has one owner
+          pair.element[0] += target[0];
+          pair.element[1] += target[1];
+        }
+        *reinterpret_cast<Pair<float>*>(target) = pair;
       }
     }
   }

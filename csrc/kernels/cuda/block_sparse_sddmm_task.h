@@ -22,7 +22,8 @@ struct SddmmTask {
   bool wide_a, wide_b;  // 16-byte accesses are aligned
   int splits;           // ranges of tokens
   int64_t split_tokens;
-  float* partial;  // [splits, num_blocks, bn, bk]
+  float* partial;   // [splits, num_blocks, bn, bk]
+  bool accumulate;  // partial += instead of =
 };
 
 struct SddmmSplit {

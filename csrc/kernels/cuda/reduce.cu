@@ -7,6 +7,7 @@ namespace fips::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kResidentBlocks = 6;  // 1536 threads: all that some multiprocessors hold
 
 struct AddTask {
   float* sums;
@@ -15,7 +16,7 @@ struct AddTask {
 };
 
 template <class T>
-FIPS_KERNEL(kThreads, 8)
+FIPS_KERNEL(kThreads, kResidentBlocks)
 add_kernel(const AddTask task) {
   const int64_t i = block_index() * kThreads + thread_index();
   if (i < task.count) {
@@ -29,7 +30,7 @@ struct AddDoubleTask {
   int64_t count;
 };
 
-FIPS_KERNEL(kThreads, 6)  // 1536 threads: all that some multiprocessors hold
+FIPS_KERNEL(kThreads, kResidentBlocks)
 add_double_kernel(const AddDoubleTask task) {
   const int64_t i = block_index() * kThreads + thread_index();
   if (i < task.count) {
@@ -45,7 +46,7 @@ struct ScaleTask {
 };
 
 template <class T>
-FIPS_KERNEL(kThreads, 8)
+FIPS_KERNEL(kThreads, kResidentBlocks)
 scale_kernel(const ScaleTask task) {
   const int64_t i = block_index() * kThreads + thread_index();
   if (i < task.count) {
@@ -64,7 +65,7 @@ struct ColumnTask {
 
 // A column a thread, kRowsPerBlock rows.
 template <class T>
-FIPS_KERNEL(kThreads, 8)
+FIPS_KERNEL(kThreads, kResidentBlocks)
 partial_column_sums(const ColumnTask task) {
   const ColumnSumParams& p = task.params;
   const int64_t row_block = block_index() / task.column_blocks;
@@ -82,7 +83,7 @@ partial_column_sums(const ColumnTask task) {
   task.partial[row_block * p.cols + column] = sum;
 }
 
-FIPS_KERNEL(kThreads, 8)
+FIPS_KERNEL(kThreads, kResidentBlocks)
 add_partial_column_sums(const ColumnTask task) {
   const int64_t column = block_index() * kThreads + thread_index();
   if (column >= task.params.cols) {

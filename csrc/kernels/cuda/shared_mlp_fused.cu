@@ -46,6 +46,10 @@ bool fuses_shared_mlp(const SharedMlpParams& p, const DeviceInfo& device) {
   return half && !p.identity && sizes && slices && aligned && plan_fused(p, device).has_value();
 }
 
+bool prefers_fused_mlp(const SharedMlpParams& p, const DeviceInfo& device) {
+  return p.tokens * 2 > kFusedUnitTokens * device.sm_count;
+}
+
 void shared_mlp_fused(const SharedMlpParams& params, Stream stream) {
   const DeviceInfo device = current_device();
   FIPS_CHECK(fuses_shared_mlp(params, device), kOp,

@@ -13,6 +13,10 @@ namespace fips::cuda {
 // encoding, no identity part, sizes that fit one multiprocessor, aligned memory.
 bool fuses_shared_mlp(const SharedMlpParams& params, const DeviceInfo& device);
 
+// Whether there are enough tokens: a tile of them is the work of one multiprocessor, and the
+// chain's products spread few tiles better.
+bool prefers_fused_mlp(const SharedMlpParams& params, const DeviceInfo& device);
+
 // y for any number of tokens. z, h and w are rounded to the element type, sums are float32. Only
 // launches on `stream`; index entries out of range are skipped.
 void shared_mlp_fused(const SharedMlpParams& params, Stream stream);

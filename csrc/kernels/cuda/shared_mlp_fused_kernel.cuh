@@ -51,8 +51,7 @@ FIPS_DEVICE void compute_z(const FusedTask& task, const TokenTile<typename Confi
     });
     store_strip<Config>(sums, token, strip * kStripOutputs, z);
   });
-  const int padded = static_cast<int>(task.p.up.block_rows()) * task.p.up.bk;
-  const int columns = padded - rank;
+  const int columns = task.plan.z_features - rank;
   for (int item = thread_index(); item < Config::kTokens * columns; item += Config::kThreads) {
     *z.at(item / columns, rank + item % columns) = T{};
   }

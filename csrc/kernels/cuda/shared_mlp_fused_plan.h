@@ -22,6 +22,7 @@ constexpr int fused_kept_units(bool gated) { return gated ? 3 : 2; }
 struct FusedPlan {
   int token_tile;  // 64 or 128
   int chunk;       // hidden features held at once, a multiple of the block's edge
+  int z_features;  // the rank, padded to whole blocks
   int x_stride, h_stride, z_stride, w_stride;  // bytes between tokens
   int second_region;                           // offset of z and w
   int shared_bytes;
@@ -34,7 +35,11 @@ inline std::optional<FusedPlan> plan_fused_tile(const SharedMlpParams& p, int to
                                                 int max_shared_bytes) {
   const int64_t units = p.rank_out / kFusedStrip * (token_tile / kFusedUnitTokens);
   const int64_t x_stride = fused_stride(p.width), w_stride = fused_stride(p.rank_out);
-  const int64_t z_stride = fused_stride(p.up.block_rows() * p.up.bk);
+  // Whole blocks of both slices: the padding of z multiplies that of V.
+  const int64_t up_rows = p.up.block_rows() * p.up.bk;
+  const int64_t z_features =
+      p.gate == nullptr ? up_rows : max_of(up_rows, p.gate->block_rows() * p.gate->bk);
+  const int64_t z_stride = fused_stride(z_features);
   const int64_t second = max_of(z_stride, w_stride) * token_tile;
   const int64_t left = (max_shared_bytes - second) / token_tile;  // bytes of a token's x or h
   const bool gated = p.gate != nullptr;
@@ -55,6 +60,7 @@ inline std::optional<FusedPlan> plan_fused_tile(const SharedMlpParams& p, int to
   const int64_t first = max_of(x_stride, h_stride) * token_tile;
   return FusedPlan{token_tile,
                    static_cast<int>(chunk),
+                   static_cast<int>(z_features),
                    static_cast<int>(x_stride),
                    static_cast<int>(h_stride),
                    static_cast<int>(z_stride),
@@ -67,6 +73,9 @@ inline std::optional<FusedPlan> plan_fused_tile(const SharedMlpParams& p, int to
 // wide.
 inline std::optional<FusedPlan> plan_fused(const SharedMlpParams& p, const DeviceInfo& device) {
   for (const int token_tile : {128, 64}) {
+    if (token_tile == 128 && ceil_div(p.tokens, token_tile) < device.sm_count) {
+      continue;
+    }
     if (const auto plan = plan_fused_tile(p, token_tile, device.max_shared_bytes)) {
       return plan;
     }

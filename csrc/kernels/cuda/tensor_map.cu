@@ -69,12 +69,25 @@ EncodeTiled* find_encode_tiled() {
   return reinterpret_cast<EncodeTiled*>(function);
 }
 
+// Unlike the runtime's calls, the driver's do not make a context for a thread that has none, as one
+// of autograd's may: torch sets the device only where it differs from the current one.
+void make_context_current() {
+  thread_local int current = -1;
+  int device = 0;
+  FIPS_CUDA_CHECK(cudaGetDevice(&device));
+  if (device != current) {
+    FIPS_CUDA_CHECK(cudaSetDevice(device));
+    current = device;
+  }
+}
+
 }  // namespace
 
 TensorMap make_tensor_map(const void* base, const TensorMapShape& shape) {
   static_assert(
       sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap),
       "the opaque form");
+  make_context_current();
   static EncodeTiled* const encode = find_encode_tiled();
   check_shape(base, shape);
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(shape.cols),
