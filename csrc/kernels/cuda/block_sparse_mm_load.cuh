@@ -62,52 +62,6 @@ FIPS_DEVICE int offset_in_block(const MmTask& task, int position) {
   return position & ((1 << task.reduce_shift) - 1);
 }
 
-template <class Config, int kThreads>
-FIPS_DEVICE void stage_x(const MmTask& task, const MmTile& tile, int step, unsigned char* x_tile) {
-  using T = typename Config::Element;
-  constexpr int kChunks = Config::kReduceChunks, kRowsPerPass = kThreads / kChunks;
-  const int chunk = thread_index() % kChunks, first_row = thread_index() / kChunks;
-  const int position = step * Config::kReduce + chunk * Config::kChunk;
-  const BlockRef block = block_at(task, tile, position);
-  const int feature = block.feature + offset_in_block(task, position);
-  const int valid = block.id < 0 ? 0 : elements_below(feature, task.in_features, Config::kChunk);
-  const T* x = static_cast<const T*>(task.x);
-  static_assert(Config::kTokens % kRowsPerPass == 0, "every pass is full");
-  FIPS_UNROLL
-  for (int pass = 0; pass < Config::kTokens / kRowsPerPass; ++pass) {
-    const int row = pass * kRowsPerPass + first_row;
-    const int64_t token = tile.token + row;
-    const int count = token < task.tokens ? valid : 0;
-    const T* source = count > 0 ? x + token * task.x_stride + feature : x;
-    stage_chunk(x_tile + swizzled_offset<kChunks>(row, chunk), source, count, task.wide_x);
-  }
-}
-
-// `block` encoding: chunks are copied as they are stored.
-template <class Config, int kThreads>
-FIPS_DEVICE void stage_w_block(const MmTask& task, const MmTile& tile, int step,
-                               unsigned char* w_tile) {
-  using T = typename Config::Element;
-  constexpr int kChunks = Config::kWChunks;
-  const T* values = static_cast<const T*>(task.values);
-  static_assert(Config::kWRows * kChunks % kThreads == 0, "every pass is full");
-  FIPS_UNROLL_BY(2)  // more would only hold more addresses in registers
-  for (int pass = 0; pass < Config::kWRows * kChunks / kThreads; ++pass) {
-    const int item = pass * kThreads + thread_index();
-    const int row = item / kChunks, chunk = item % kChunks;
-    const int reduce = Config::kTransposed ? row : chunk * Config::kChunk;
-    const int out = Config::kTransposed ? chunk * Config::kChunk : row;
-    const int position = step * Config::kReduce + reduce;
-    const BlockRef block = block_at(task, tile, position);
-    const int offset = offset_in_block(task, position);
-    const int j = Config::kTransposed ? offset : out, k = Config::kTransposed ? out : offset;
-    const int count = block.id < 0 ? 0 : Config::kChunk;
-    const T* source =
-        count > 0 ? values + block.id * int64_t{task.slots} + (j << task.k_shift) + k : values;
-    stage_chunk(w_tile + swizzled_offset<kChunks>(row, chunk), source, count, task.wide_values);
-  }
-}
-
 // ---- `bitmap` encoding
 // ---------------------------------------------------------------------------
 
@@ -158,17 +112,125 @@ FIPS_DEVICE void stage_w_bitmap(const MmTask& task, const MmTile& tile, int step
   }
 }
 
-// Starts stage `step` of a tile; completes after cp_async_wait and a barrier.
+// Starts the stages of a tile one after the other. With small tiles the instructions that find
+// addresses would cost as much as the products: what stays the same is kept, a thread's rows of x
+// and of w lie at one chunk of the reduction and share its block, and the index is read a stage
+// before it is needed.
 template <class Config, int kThreads>
-FIPS_DEVICE void start_stage(const MmTask& task, const MmTile& tile, int step,
-                             unsigned char* stage) {
-  stage_x<Config, kThreads>(task, tile, step, stage);
-  if constexpr (Config::kBitmap) {
-    stage_w_bitmap<Config, kThreads>(task, tile, step, stage + Config::kXBytes);
-  } else {
-    stage_w_block<Config, kThreads>(task, tile, step, stage + Config::kXBytes);
+class StageLoader {
+  using T = typename Config::Element;
+  static constexpr int kChunks = Config::kReduceChunks;
+  static constexpr int kRowsPerPass = kThreads / kChunks;
+  static_assert(Config::kTokens % kRowsPerPass == 0, "every pass is full");
+
+ public:
+  FIPS_DEVICE_MEMBER StageLoader(const MmTask& task, const MmTile& tile)
+      : task_(task),
+        tile_(tile),
+        row_(thread_index() / kChunks),
+        chunk_(thread_index() % kChunks),
+        tokens_(static_cast<int>(min_of(Config::kTokens, task.tokens - tile.token))),
+        x_row_(static_cast<const T*>(task.x) + (tile.token + row_) * task.x_stride),
+        position_(chunk_ * Config::kChunk),
+        block_(block_at(task, tile, position_)) {}
+
+  // Starts the next stage; it completes after cp_async_wait and a barrier.
+  FIPS_DEVICE_MEMBER void start(unsigned char* stage) {
+    const BlockRef block = block_;
+    const int offset = offset_in_block(task_, position_);
+    const int first = position_ - chunk_ * Config::kChunk;
+    position_ += Config::kReduce;
+    block_ = block_at(task_, tile_, position_);
+    stage_x(block, offset, stage);
+    unsigned char* w_tile = stage + Config::kXBytes;
+    if constexpr (Config::kBitmap) {
+      stage_w_bitmap<Config, kThreads>(task_, tile_, first / Config::kReduce, w_tile);
+    } else if constexpr (Config::kTransposed) {
+      stage_w_columns(block, first, w_tile);
+    } else {
+      stage_w_rows(block, offset, w_tile);
+    }
   }
-}
+
+ private:
+  FIPS_DEVICE_MEMBER int target_of(int pass) const {
+    return swizzled_offset<kChunks>(pass * kRowsPerPass + row_, chunk_);
+  }
+
+  FIPS_DEVICE_MEMBER void stage_x(const BlockRef& block, int offset, unsigned char* x_tile) const {
+    const int feature = block.feature + offset;
+    const int valid = block.id < 0 ? 0 : elements_below(feature, task_.in_features, Config::kChunk);
+    const T* x = x_row_ + feature;
+    const int64_t step = kRowsPerPass * task_.x_stride;
+    copy_chunks<Config::kTokens / kRowsPerPass>(task_.wide_x, [&](int pass) {
+      const int count = pass * kRowsPerPass + row_ < tokens_ ? valid : 0;
+      const T* source = count > 0 ? x + pass * step : static_cast<const T*>(task_.x);
+      return Copy{x_tile + target_of(pass), source, count};
+    });
+  }
+
+  // Rows of outputs, reduction contiguous.
+  FIPS_DEVICE_MEMBER void stage_w_rows(const BlockRef& block, int offset,
+                                       unsigned char* w_tile) const {
+    const T* values = static_cast<const T*>(task_.values);
+    const T* w = values + block.id * int64_t{task_.slots} + (row_ << task_.k_shift) + offset;
+    copy_chunks<Config::kOut / kRowsPerPass>(task_.wide_values, [&](int pass) {
+      const T* source = block.id < 0 ? values : w + (pass * kRowsPerPass << task_.k_shift);
+      return Copy{w_tile + target_of(pass), source, block.id < 0 ? 0 : Config::kChunk};
+    });
+  }
+
+  // Rows of the reduction from position `first` on, outputs contiguous.
+  FIPS_DEVICE_MEMBER void stage_w_columns(const BlockRef& block, int first,
+                                          unsigned char* w_tile) const {
+    constexpr int kOutChunks = Config::kWChunks, kPassRows = kThreads / kOutChunks;
+    const T* values = static_cast<const T*>(task_.values);
+    const int row = thread_index() / kOutChunks, chunk = thread_index() % kOutChunks;
+    const bool one_block = 1 << task_.reduce_shift >= Config::kReduce;  // holds the whole stage
+    copy_chunks<Config::kReduce / kPassRows>(task_.wide_values, [&](int pass) {
+      const int position = first + pass * kPassRows + row;
+      const BlockRef at = one_block ? block : block_at(task_, tile_, position);
+      const T* source = values + at.id * int64_t{task_.slots} +
+                        (offset_in_block(task_, position) << task_.k_shift) +
+                        chunk * Config::kChunk;
+      return Copy{w_tile + swizzled_offset<kOutChunks>(pass * kPassRows + row, chunk),
+                  at.id < 0 ? values : source, at.id < 0 ? 0 : Config::kChunk};
+    });
+  }
+
+  struct Copy {
+    unsigned char* target;
+    const T* source;
+    int count;
+  };
+
+  // The copies copy_of(0 .. kPasses - 1), asynchronous where memory is aligned.
+  template <int kPasses, class CopyOf>
+  FIPS_DEVICE_MEMBER static void copy_chunks(bool wide, const CopyOf& copy_of) {
+    if (wide) {
+      FIPS_UNROLL
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const Copy copy = copy_of(pass);
+        cp_async_16(shared_address(copy.target), copy.source,
+                    copy.count * static_cast<int>(sizeof(T)));
+      }
+      return;
+    }
+    FIPS_UNROLL_BY(1)
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const Copy copy = copy_of(pass);
+      *reinterpret_cast<Chunk<T>*>(copy.target) = load_chunk_narrow(copy.source, copy.count);
+    }
+  }
+
+  const MmTask& task_;
+  const MmTile& tile_;
+  const int row_, chunk_;  // of this thread in a pass over rows of kChunks chunks
+  const int tokens_;       // in the tile
+  const T* const x_row_;
+  int position_;    // of this thread's chunk on the reduction axis, in the next stage
+  BlockRef block_;  // there
+};
 
 // Runs `compute(stage)` over the whole reduction with kStages - 1 stages in flight. One barrier a
 // step is enough: the slot refilled at a step was read at the previous one, before that step's
@@ -179,6 +241,7 @@ FIPS_DEVICE void pipeline(const MmTask& task, const MmTile& tile, unsigned char*
   constexpr int kAhead = Config::kStages - 1;
   const int length = (tile.range.end - tile.range.begin) << task.reduce_shift;
   const int steps = (length + Config::kReduce - 1) / Config::kReduce;
+  StageLoader<Config, kThreads> loader(task, tile);
   int slot = 1, refill = 0;  // slot comes round to 0 at step 0
   for (int step = -kAhead; step < steps; ++step) {
     if (step >= 0) {
@@ -186,8 +249,7 @@ FIPS_DEVICE void pipeline(const MmTask& task, const MmTile& tile, unsigned char*
       block_barrier();
     }
     if (step + kAhead < steps) {
-      start_stage<Config, kThreads>(task, tile, step + kAhead,
-                                    shared + refill * Config::kTileBytes);
+      loader.start(shared + refill * Config::kTileBytes);
     }
     cp_async_commit();  // an empty group keeps the count of groups equal to the count of steps
     if (step >= 0) {

@@ -25,8 +25,7 @@ struct alignas(2 * sizeof(T)) Pair {
 // share a multiprocessor: as many as fit without spilling. Left to itself the compiler aims higher
 // and spills.
 constexpr int resident_blocks(int threads, int live) {
-  const bool wide = threads > 128;  // 168 registers would leave room for one block only
-  const int registers = live <= 16 ? 96 : live <= 32 || wide ? 128 : live <= 64 ? 168 : 255;
+  const int registers = live <= 16 ? 96 : live <= 32 ? 128 : live <= 64 ? 168 : 255;
   const int blocks = 65536 / (threads * registers);
   return blocks > 0 ? blocks : 1;
 }
