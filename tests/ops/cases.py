@@ -80,8 +80,9 @@ def random_mlp(
     hidden: int = 40,
     rank: int = 18,
     activation: str = "gelu",
+    block: tuple[int, int] = (16, 16),
 ) -> dict:
-    """Keyword arguments of ``shared_mlp``; slices are ragged against their 16×16 blocks."""
+    """Keyword arguments of ``shared_mlp``; by default slices are ragged against their blocks."""
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape):
@@ -90,7 +91,7 @@ def random_mlp(
     rows = rank + (width if identity else 0)
 
     def new_slice(seed):
-        return random_slice(rows, hidden, (16, 16), encoding, dtype, seed=seed)
+        return random_slice(rows, hidden, block, encoding, dtype, seed=seed)
 
     return {
         "base": randn(width, rank) / width**0.5,
