@@ -24,9 +24,11 @@ struct MmaWarps {
   static constexpr int kTokenSteps =
       Config::kTokens / kTokens / 16;                        // instructions down a warp's tile
   static constexpr int kOutSteps = Config::kOut / kOut / 8;  // and across it
-  static constexpr int kRounding = sizeof(typename Config::Element) == 4 ? 8 : 0;  // to TF32
-  static constexpr int kMinBlocks =
-      resident_blocks(kThreads, kTokenSteps* kOutSteps * 4 + kRounding);
+  static constexpr int kSums = kTokenSteps * kOutSteps * 4;  // a thread's
+  // Rounding to TF32 and, beside many sums, expanding a bitmap take registers of their own.
+  static constexpr bool kCrowded =
+      sizeof(typename Config::Element) == 4 || (Config::kBitmap && kSums >= 64);
+  static constexpr int kMinBlocks = resident_blocks(kThreads, kSums + (kCrowded ? 8 : 0));
 };
 
 struct WarpPlace {
