@@ -1,30 +1,20 @@
 #include "kernels/cuda/diagonal.h"
 #include "kernels/cuda/reduce.h"
 #include "torch/cuda_scope.h"
+#include "torch/init_checks.h"
 #include "torch/jacobi_cuda.h"
-#include "torch/tensor_utils.h"
 
 namespace fips {
 namespace {
-
-constexpr int64_t kChunkTokens = 8192;  // bounds the copy of x in the Gram matrix's type
 
 // Halves are multiplied in the Gram matrix's type: every product of theirs is exact there.
 void gram_update_cuda(Tensor gram, const Tensor& x) {
   const CudaScope scope(x);
   const ScalarType type = gram.scalar_type();
-  FIPS_CHECK(type == ScalarType::Float || type == ScalarType::Double, "gram: dtype is ",
-             torch::headeronly::toString(type),
-             "; second moments are summed in float32 or float64");
-  const int64_t width = last_dim(x, "x");
-  dtype_of(x, "x");
-  FIPS_CHECK(gram.dim() == 2 && gram.size(0) == width && gram.size(1) == width,
-             "gram: expected shape [", width, ", ", width, "] to match x, got ", shape_of(gram));
-  FIPS_CHECK(gram.is_contiguous(), "gram: must be contiguous, it is updated in place");
-  check_same_device(gram, x, "gram");
+  check_gram_update(gram, x);
   Tensor tokens = token_rows(x);
-  for (int64_t first = 0; first < tokens.size(0); first += kChunkTokens) {
-    const int64_t count = min_of(kChunkTokens, tokens.size(0) - first);
+  for (int64_t first = 0; first < tokens.size(0); first += kGramChunkTokens) {
+    const int64_t count = min_of(kGramChunkTokens, tokens.size(0) - first);
     const Tensor rows = torch::stable::to(torch::stable::narrow(tokens, 0, first, count), type);
     const Tensor moment = expect_contiguous(torch::stable::matmul(transposed(rows), rows), type);
     if (type == ScalarType::Double) {
@@ -71,8 +61,7 @@ std::tuple<Tensor, Tensor> small_gram_eigh(const Tensor& w, ScalarType type, dou
 
 std::tuple<Tensor, Tensor> batched_gram_eigh_cuda(const Tensor& w, double damping) {
   const CudaScope scope(w);
-  FIPS_CHECK(w.dim() == 3, "w: expected [batch, m, n], got ", shape_of(w));
-  FIPS_CHECK(damping >= 0, "damping: got ", damping, "; expected a number of at least 0");
+  check_gram_eigh(w, damping);
   const ScalarType type = accumulator_type(dtype_of(w, "w"));
   const int64_t batch = w.size(0), width = w.size(1);
   if (batch == 0 || width == 0) {

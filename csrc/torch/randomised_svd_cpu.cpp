@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "core/philox.h"
-#include "torch/tensor_utils.h"
+#include "torch/init_checks.h"
 
 namespace fips {
 namespace {
@@ -79,12 +79,8 @@ Tensor range_basis(const Tensor& y) {
 
 std::tuple<Tensor, Tensor, Tensor> batched_rsvd(const Tensor& w, int64_t rank, int64_t oversample,
                                                 int64_t power_iters, int64_t seed) {
-  FIPS_CHECK(w.dim() == 3, "w: expected [batch, m, n], got ", shape_of(w));
+  check_rsvd(w, rank, oversample, power_iters);
   const int64_t batch = w.size(0), m = w.size(1), n = w.size(2), full = min_of(m, n);
-  FIPS_CHECK(rank >= 1 && rank <= full, "rank: got ", rank, "; it must lie in [1, ", full,
-             "] for matrices of ", m, " x ", n);
-  FIPS_CHECK(oversample >= 0, "oversample: got ", oversample, "; expected at least 0");
-  FIPS_CHECK(power_iters >= 0, "power_iters: got ", power_iters, "; expected at least 0");
   const bool is_double = dtype_of(w, "w") == DType::kFloat64;
   const Tensor a =
       contiguous_of(torch::stable::to(w, is_double ? ScalarType::Double : ScalarType::Float));

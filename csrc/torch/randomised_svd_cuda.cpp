@@ -5,9 +5,9 @@
 #include "kernels/cuda/gaussian.h"
 #include "kernels/cuda/power_shift.h"
 #include "torch/cuda_scope.h"
+#include "torch/init_checks.h"
 #include "torch/jacobi_cuda.h"
 #include "torch/orthonormal_cuda.h"
-#include "torch/tensor_utils.h"
 
 namespace fips {
 namespace {
@@ -64,8 +64,7 @@ Tensor smallest_eigenvalue(const Tensor& inverse_factor) {
 // columns. A shift of up to half the smallest wanted eigenvalue of a a^T keeps wanted directions in
 // front of unwanted ones and widens the gap between them (dynamic shifts as in Feng, Yu, Xie, Tang,
 // ACM TOMS 2024, who take the eigenvalue that the basis sees from a decomposition; here it is
-// estimated). On power-law spectra two iterations then leave about a fifth of the excess over the
-// best residual that they leave without a shift.
+// estimated).
 //
 // With z = a^T q = scale * p L^T, the columns of a p - shift / scale * q L^-T span the same, and no
 // small singular value is squared away.
@@ -96,12 +95,8 @@ std::tuple<Tensor, Tensor, Tensor> batched_rsvd_cuda(const Tensor& w, int64_t ra
                                                      int64_t oversample, int64_t power_iters,
                                                      int64_t seed) {
   const CudaScope scope(w);
-  FIPS_CHECK(w.dim() == 3, "w: expected [batch, m, n], got ", shape_of(w));
+  check_rsvd(w, rank, oversample, power_iters);
   const int64_t batch = w.size(0), m = w.size(1), n = w.size(2), full = min_of(m, n);
-  FIPS_CHECK(rank >= 1 && rank <= full, "rank: got ", rank, "; it must lie in [1, ", full,
-             "] for matrices of ", m, " x ", n);
-  FIPS_CHECK(oversample >= 0, "oversample: got ", oversample, "; expected at least 0");
-  FIPS_CHECK(power_iters >= 0, "power_iters: got ", power_iters, "; expected at least 0");
   const ScalarType type = accumulator_type(dtype_of(w, "w"));
   if (batch == 0) {
     return {make_empty(w, {0, m, rank}, type), make_empty(w, {0, rank}, type),

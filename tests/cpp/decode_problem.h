@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/pack.h"
+#include "exact_activation.h"
 #include "kernels/cuda/emulation.h"
 #include "kernels/cuda/shared_mlp_decode.h"
 
@@ -53,25 +54,6 @@ constexpr DType kDType<Half> = DType::kFloat16;
 template <class T>
 double rounded(double x) {
   return to_accumulator(FromAccumulator<T>::convert(static_cast<float>(x)));
-}
-
-inline double activated(Activation activation, double x) {
-  switch (activation) {
-    case Activation::kGelu:
-      return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
-    case Activation::kGeluTanh:
-      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::kSilu:
-      return x / (1 + std::exp(-x));
-    case Activation::kRelu:
-      return std::max(x, 0.0);
-    case Activation::kRelu2:
-      return std::max(x, 0.0) * std::max(x, 0.0);
-    case Activation::kQuickGelu:
-      return x / (1 + std::exp(-1.702 * x));
-    default:
-      return x;
-  }
 }
 
 using Rows = std::vector<std::vector<double>>;
@@ -192,7 +174,7 @@ class Problem {
     Rows g = c.gated ? between(multiplied(z, gate, false, gate_bias), chain) : h;
     for (int64_t t = 0; t < c.tokens; ++t) {
       for (int64_t i = 0; i < c.hidden; ++i) {
-        const double act = activated(c.activation, g[t][i]);
+        const double act = fips::testing::exact_activation(c.activation, g[t][i]);
         h[t][i] = c.gated ? (chain ? rounded<T>(act) : act) * h[t][i] : act;
       }
     }

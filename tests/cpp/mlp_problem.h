@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "elements.h"
+#include "exact_activation.h"
 #include "kernels/shared_mlp.h"
 #include "slices.h"
 
@@ -21,25 +22,6 @@ struct MlpCase {
   Activation activation = Activation::kGelu;
   double density = 0.02;  // of elements: a good part of the blocks
 };
-
-inline double exact_activation(Activation kind, double x) {
-  switch (kind) {
-    case Activation::kGelu:
-      return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
-    case Activation::kGeluTanh:
-      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::kSilu:
-      return x / (1 + std::exp(-x));
-    case Activation::kRelu:
-      return x > 0 ? x : 0;
-    case Activation::kRelu2:
-      return x > 0 ? x * x : 0;
-    case Activation::kQuickGelu:
-      return x / (1 + std::exp(-1.702 * x));
-    default:
-      return x;
-  }
-}
 
 // A slice with elements of any type: `pack` moves raw elements.
 struct TypedSlice {

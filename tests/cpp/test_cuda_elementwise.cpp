@@ -3,9 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <functional>
 
 #include "elements.h"
+#include "exact_activation.h"
 #include "kernels/cuda/activation.h"
 #include "kernels/cuda/dense_fill.h"
 #include "kernels/cuda/emulation.h"
@@ -26,24 +26,13 @@ double epsilon_of(DType dtype) {
   return dtype == DType::kFloat32 ? 4e-7 : dtype == DType::kFloat16 ? 1.0 / 1024 : 1.0 / 128;
 }
 
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
-
-// The definitions, in the order of Activation.
-const std::function<double(double)> kExact[] = {
-    [](double x) { return x; },
-    [](double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); },
-    [](double x) {
-      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    },
-    [](double x) { return x * sigmoid(x); },
-    [](double x) { return x > 0 ? x : 0; },
-    [](double x) { return x > 0 ? x * x : 0; },
-    [](double x) { return x * sigmoid(1.702 * x); },
-};
+double exact(int kind, double x) {
+  return fips::testing::exact_activation(static_cast<Activation>(kind), x);
+}
 
 double exact_slope(int kind, double x) {
   constexpr double kStep = 1e-5;
-  return (kExact[kind](x + kStep) - kExact[kind](x - kStep)) / (2 * kStep);
+  return (exact(kind, x + kStep) - exact(kind, x - kStep)) / (2 * kStep);
 }
 
 class ActivationKernel : public ::testing::TestWithParam<int> {
@@ -78,7 +67,7 @@ TEST_P(ActivationKernel, ForwardAndBackward) {
       const double epsilon = epsilon_of(dtype);
       for (int64_t i = 0; i < kCount; ++i) {
         const double u = up[i], g = gate[i], dh = grad[i], inner = gated ? g : u;
-        const double act = kExact[kind](inner), slope = exact_slope(kind, inner);
+        const double act = exact(kind, inner), slope = exact_slope(kind, inner);
         const double want = gated ? act * u : act, want_up = gated ? dh * act : dh * slope;
         // What float32 leaves of a distribution function near 0 or 1, times x; float16's last step.
         const double room = 1.5e-7 * (1 + std::abs(inner)) * (gated ? 1 + std::abs(u) : 1);
@@ -109,7 +98,7 @@ TEST_P(ActivationKernel, LimitsAndNaN) {
     p.up = p.h = h.data();
     activation_forward(p, nullptr);
     for (int64_t i = 0; i + 1 < p.count; ++i) {
-      const double rounded = Elements(x, dtype)[i], want = kExact[kind](rounded);
+      const double rounded = Elements(x, dtype)[i], want = exact(kind, rounded);
       if (std::abs(want) < 6e4) {  // float16 ends there
         EXPECT_NEAR(h[i], want, epsilon_of(dtype) * std::abs(want) + 1e-36)
             << dtype_name(dtype) << x[i];

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/pack.h"
+#include "exact_activation.h"
 #include "kernels/cuda/block_sparse_mm.h"
 #include "kernels/cuda/block_sparse_mm_sm90.h"
 #include "kernels/cuda/emulation.h"
@@ -28,25 +29,6 @@ struct Case {
   std::optional<Sm90Plan> plan;  // none: through block_sparse_mm
   int x_gap = 8;                 // elements between rows of x beyond the features
 };
-
-double activate(Activation activation, double x) {
-  switch (activation) {
-    case Activation::kGelu:
-      return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
-    case Activation::kGeluTanh:
-      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::kSilu:
-      return x / (1 + std::exp(-x));
-    case Activation::kRelu:
-      return x > 0 ? x : 0;
-    case Activation::kRelu2:
-      return x > 0 ? x * x : 0;
-    case Activation::kQuickGelu:
-      return x / (1 + std::exp(-1.702 * x));
-    default:
-      return x;
-  }
-}
 
 template <class T>
 constexpr DType kDType = DType::kBFloat16;
@@ -126,10 +108,11 @@ class Problem {
   Sum expected(int64_t token, int64_t feature) const {
     const Sum up = product(v, token, feature);
     if (!c.gated) {
-      return {activate(c.activation, up.value), 4 * up.magnitude};
+      return {fips::testing::exact_activation(c.activation, up.value), 4 * up.magnitude};
     }
     const Sum g = product(gate, token, feature);
-    return {activate(c.activation, g.value) * up.value, 4 * (g.magnitude + 1) * (up.magnitude + 1)};
+    return {fips::testing::exact_activation(c.activation, g.value) * up.value,
+            4 * (g.magnitude + 1) * (up.magnitude + 1)};
   }
 
   void expect_outputs() const {
@@ -191,19 +174,19 @@ class Problem {
 
 template <class T = BFloat16>
 void expect_right(const Case& c, bool both_orders = false) {
-  SCOPED_TRACE(testing::Message() << dtype_name(kDType<T>) << " tokens " << c.tokens << " block "
-                                  << c.bk << "x" << c.bn << " transposed " << c.transposed
-                                  << " gated " << c.gated << " activation "
-                                  << static_cast<int>(c.activation));
+  SCOPED_TRACE(::testing::Message()
+               << dtype_name(kDType<T>) << " tokens " << c.tokens << " block " << c.bk << "x"
+               << c.bn << " transposed " << c.transposed << " gated " << c.gated << " activation "
+               << static_cast<int>(c.activation));
   Problem<T> problem(c);
   for (int reverse = 0; reverse <= static_cast<int>(both_orders); ++reverse) {
-    SCOPED_TRACE(testing::Message() << "reverse " << reverse);
+    SCOPED_TRACE(::testing::Message() << "reverse " << reverse);
     problem.run(reverse == 1);
     problem.expect_outputs();
   }
 }
 
-class Sm90Blocks : public testing::TestWithParam<std::tuple<int, int, bool>> {};
+class Sm90Blocks : public ::testing::TestWithParam<std::tuple<int, int, bool>> {};
 
 TEST_P(Sm90Blocks, Streamed) {
   Case c;
@@ -216,8 +199,8 @@ TEST_P(Sm90Blocks, Streamed) {
 }
 
 INSTANTIATE_TEST_SUITE_P(CudaSm90, Sm90Blocks,
-                         testing::Combine(testing::Values(64, 128), testing::Values(64, 128),
-                                          testing::Bool()));
+                         ::testing::Combine(::testing::Values(64, 128), ::testing::Values(64, 128),
+                                            ::testing::Bool()));
 
 TEST(CudaSm90, ResidentBlocks) {
   for (const int bk : {64, 128}) {
@@ -386,7 +369,7 @@ TEST(CudaSm90, BrokenEntriesMeetNoInput) {
   }
 }
 
-class Sm90Supports : public testing::Test {
+class Sm90Supports : public ::testing::Test {
  protected:
   bool supported() { return sm90_supports(problem.params(), epilogue, device); }
   bool supported_with(const BlockSparseMmParams& p) { return sm90_supports(p, epilogue, device); }
