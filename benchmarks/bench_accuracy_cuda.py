@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from cpu_shapes import Shape, SharedMlp
 from gpu_shapes import TINY, Pattern, make_mlps, make_slice
-from gpu_timing import Bench, Row, difference, dtype_name
+from gpu_timing import Bench, difference
+from race import Row, dtype_name
 from torch import Tensor
 
 from fips_ext import BlockSparse, functional, reference

@@ -30,7 +30,8 @@ from cpu_shapes import (
     shapes_of,
     stored_share,
 )
-from cpu_timing import Row, Session, dtype_name
+from cpu_timing import Session
+from race import Row, dtype_name
 from torch import Tensor
 
 from fips_ext import functional

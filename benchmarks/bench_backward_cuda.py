@@ -28,7 +28,8 @@ from gpu_shapes import (
     make_slice,
     shape_of,
 )
-from gpu_timing import Bench, Row, check_close
+from gpu_timing import Bench, check_close
+from race import Row
 from torch import Tensor
 
 from fips_ext import functional

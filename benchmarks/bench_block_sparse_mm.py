@@ -29,7 +29,8 @@ from cpu_shapes import (
     shapes_of,
     stored_share,
 )
-from cpu_timing import Goal, Row, Session, dtype_name, seconds_of
+from cpu_timing import Goal, Session, seconds_of
+from race import Row, dtype_name
 from torch import Tensor
 
 from fips_ext import BlockSparse, functional

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 import triton_bsr
 from gpu_shapes import TINY, Pattern, make_slice, stored_slots
-from gpu_timing import COLD_BYTES, Bench, Row, check_close, describe, dtype_name
+from gpu_timing import COLD_BYTES, Bench, check_close, describe
+from race import Row, dtype_name
 from torch import Tensor
 
 from fips_ext import BlockSparse, functional

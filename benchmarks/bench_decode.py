@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from cpu_shapes import Setting, Shape, make_mlps, make_slice, shapes_of, stored_share
-from cpu_timing import Goal, Row, Session, dtype_name
+from cpu_timing import Goal, Session
+from race import Row, dtype_name
 from torch import Tensor
 
 from fips_ext import functional

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from cpu_timing import Goal, Row, Session
+from cpu_timing import Goal, Session
+from race import Row
 from torch import Tensor
 
 NEVER_SLOWER = Goal("", "ratio", 1.0)

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import torch
-from gpu_timing import Bench, Row
+from gpu_timing import Bench
+from race import Row
 from torch import Tensor
 
 from fips_ext import _library

@@ -29,7 +29,8 @@ from cpu_shapes import (
     settings,
     shapes_of,
 )
-from cpu_timing import Goal, Row, Session, dtype_name, judge
+from cpu_timing import Goal, Session, judge
+from race import Row, dtype_name
 
 from fips_ext import nn
 from fips_ext.nn.dense_cache import MIN_TOKENS

@@ -32,7 +32,8 @@ from gpu_shapes import (
     make_mlps,
     shape_of,
 )
-from gpu_timing import COLD_BYTES, Bench, Row, check_close, dtype_name
+from gpu_timing import COLD_BYTES, Bench, check_close
+from race import Row, dtype_name
 from torch import Tensor
 
 from fips_ext import nn

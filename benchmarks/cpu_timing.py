@@ -16,18 +16,15 @@ import json
 import math
 import os
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from race import Race, Row, Run, dtype_name, save
 
 from fips_ext import _library
-
-Run = Callable[[], object]
-Row = dict[str, object]
 
 QUICK_BUDGET_S = 240.0  # leaves a minute of the promised five for a case that is under way
 BATCH_S = 3e-3  # shortest timed batch: well above the clock and the scheduler
@@ -50,36 +47,6 @@ class Goal:
 
     def met(self, value: float) -> bool:
         return value <= self.must if self.at_most else value >= self.must
-
-
-@dataclasses.dataclass(frozen=True)
-class Race:
-    """Seconds per call by runner, one entry a round."""
-
-    times: dict[str, list[float]]
-
-    def seconds(self, name: str) -> float:
-        return statistics.median(self.times[name])
-
-    def ratio(self, *rivals: str) -> float:
-        """How many times faster ours is than the fastest of ``rivals``."""
-        return statistics.median(self._ratios(rivals))
-
-    def spread(self, *rivals: str) -> float:
-        """Quartile distance of :meth:`ratio` over its median."""
-        ratios = self._ratios(rivals)
-        if len(ratios) < 2:
-            return 0.0
-        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return (high - low) / median
-
-    def per_item(self, items: int) -> Race:
-        """The same race when one call works through ``items`` equal ones."""
-        return Race({name: [seconds / items for seconds in times] for name, times in self.times.items()})
-
-    def _ratios(self, rivals: tuple[str, ...]) -> list[float]:
-        rounds = zip(*(self.times[name] for name in rivals), strict=True)
-        return [min(times) / ours for times, ours in zip(rounds, self.times["ours"], strict=True)]
 
 
 def seconds_of(run: Run, calls: int) -> float:
@@ -293,10 +260,7 @@ class Session:
         if self.args.json is None:
             return
         content = {"machine": self.machine, "command": command_line(self.args), "rows": self.rows}
-        self.args.json.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.args.json.with_name(f".{self.args.json.name}.tmp")
-        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        os.replace(unfinished, self.args.json)
+        save(self.args.json, content)
 
     def _print_header(self) -> None:
         m = self.machine
@@ -332,10 +296,6 @@ def judge(row: Row, goal: Goal | None) -> Row:
     bound = "at most" if goal.at_most else "at least"
     judged = {"measure": goal.measure, "bound": bound, "must": goal.must, "met": goal.met(value)}
     return {"goal": goal.id, **judged}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def command_line(args: argparse.Namespace) -> str:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import Bench, Row, Run, dtype_name
+from gpu_timing import Bench
+from race import Row, Run, dtype_name
 from torch import Tensor
 from triton_bsr import random_bsr
 

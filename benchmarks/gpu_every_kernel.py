@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from cpu_shapes import Shape, SharedMlp
 from gpu_shapes import Pattern, make_mlps, make_slice
-from gpu_timing import check_close, describe, dtype_name
+from gpu_timing import check_close, describe
+from race import dtype_name
 from torch import Tensor
 
 from fips_ext import BlockSparse, _library, functional, reference

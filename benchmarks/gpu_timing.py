@@ -12,20 +12,14 @@ where there is none; such a file says so and is never judged (goals.py).
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
-import os
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from race import Race, Row, Run, save
 from torch import Tensor
-
-Run = Callable[[], object]
-Row = dict[str, object]
 
 RACE_S = 0.25  # of rounds beyond the fewest
 SLOW_S = 2.0  # a race of such calls has one round
@@ -33,52 +27,6 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 41
 SAMPLE_S = 2e-4  # shortest timed batch: well above the resolution of events
 COLD_BYTES = 256 * 2**20  # several times the L2 of any GPU
 COPY_BYTES = 2**31
-
-
-@dataclasses.dataclass(frozen=True)
-class Race:
-    """Seconds per call by runner, one entry a round, and why a rival did not take part."""
-
-    times: dict[str, list[float]]
-    errors: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def rivals(self) -> list[str]:
-        """The rivals that were timed, forms taken together."""
-        return list(dict.fromkeys(name.split("/")[0] for name in self.times if name != "ours"))
-
-    def ratio(self, *rivals: str) -> float:
-        """How many times faster ours is than the fastest of ``rivals``."""
-        return statistics.median(self._ratios(rivals))
-
-    def spread(self, *rivals: str) -> float:
-        """Quartile distance of :meth:`ratio` over its median."""
-        ratios = self._ratios(rivals)
-        if len(ratios) < 2:
-            return 0.0
-        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return (high - low) / median
-
-    def seconds(self, name: str = "ours") -> float:
-        return statistics.median(self.times[name])
-
-    def row(self) -> Row:
-        """The keys that every race has in a result file."""
-        row: Row = {
-            "rounds": len(self.times["ours"]),
-            "seconds": {name: self.seconds(name) for name in self.times},
-            "ratio": {name: self.ratio(name) for name in self.rivals()},
-            "spread": {name: self.spread(name) for name in self.rivals()},
-        }
-        return row | ({"rival_errors": self.errors} if self.errors else {})
-
-    def per_item(self, items: int) -> Race:
-        """The same race when one call works through ``items`` equal ones."""
-        return Race({name: [t / items for t in times] for name, times in self.times.items()}, self.errors)
-
-    def _ratios(self, rivals: Sequence[str]) -> list[float]:
-        forms = [times for name, times in self.times.items() if name.split("/")[0] in rivals]
-        fastest = [min(times) for times in zip(*forms, strict=True)]
-        return [rival / ours for rival, ours in zip(fastest, self.times["ours"], strict=True)]
 
 
 class Bench:
@@ -221,10 +169,7 @@ class Bench:
             **self.extra,
             "rows": self.rows,
         }
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.out.with_name(f".{self.out.name}.tmp")
-        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        os.replace(unfinished, self.out)
+        save(self.out, content)
 
 
 def machine_info(dry_run: bool) -> Row:
@@ -292,10 +237,6 @@ def check_close(actual: Tensor, expected: Tensor, bound: float = 0.03) -> float:
     if not found <= bound:
         raise ValueError(f"wrong result: relative difference {found:.2g}, at most {bound} is rounding")
     return found
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def describe(error: Exception) -> str:

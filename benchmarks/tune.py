@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from gpu_shapes import TINY, Pattern, make_slice
-from gpu_timing import Bench, Row
+from gpu_timing import Bench
+from race import Row
 from tuning_table import LOWEST_DENSITY, Tuning, present_tuning
 
 from fips_ext import BlockSparse, functional
