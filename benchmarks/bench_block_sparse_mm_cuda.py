@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import triton_bsr
 from gpu_shapes import TINY, Pattern, make_slice, stored_slots
 from gpu_timing import COLD_BYTES, Bench, check_close, describe
-from race import Row, dtype_name
+from race import Row, dtype_name, measured
 from torch import Tensor
 
 from fips_ext import BlockSparse, functional
@@ -160,7 +160,7 @@ def measure(bench: Bench, named: Case) -> Iterator[Row]:
         row |= {"layers": count, "our_bytes": nbytes, "dense_bytes": dense_nbytes}
         row["copy_share"] = nbytes / race.seconds() / bench.machine["copy_bytes_per_s"]
         row["byte_limit_share"] = race.ratio("dense") * nbytes / dense_nbytes
-    yield row
+    yield measured(row)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
