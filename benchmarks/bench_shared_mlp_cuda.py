@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -32,7 +31,7 @@ from gpu_shapes import (
     make_mlps,
     shape_of,
 )
-from gpu_timing import COLD_BYTES, Bench, check_close
+from gpu_timing import Bench, check_close
 from race import Row, dtype_name, measured
 from torch import Tensor
 
@@ -40,7 +39,6 @@ from fips_ext import nn
 from fips_ext.layout import Encoding
 
 DECODE_TOKENS = 64  # up to here launches and bytes decide
-MAX_LAYERS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +132,7 @@ def prefill(bench: Bench, runs: dict[str, Callable[[], object]]) -> Row:
 
 def decode(bench: Bench, mlps: Mlps, make: Callable[[], Mlps], x: Tensor) -> Row:
     nbytes, dense_nbytes = mlps.ours.nbytes(), mlps.dense.nbytes()
-    layers = 2 if bench.dry_run else min(MAX_LAYERS, max(2, math.ceil(COLD_BYTES / nbytes)))
+    layers = bench.layers(nbytes)
     stacks: dict[str, list] = {}
     for mlps_of_layer in (mlps, *(make() for _ in range(layers - 1))):
         for name, mlp in mlps_of_layer.forms().items():

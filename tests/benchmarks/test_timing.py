@@ -146,6 +146,14 @@ def test_a_race_on_a_gpu(gpu, bench, graph, flush):
     assert gpu.captures == (2 if graph else 0)
 
 
+def test_layers_outgrow_the_l2(bench):
+    assert bench.layers(2**20) == 256
+    assert bench.layers(2**40) == 2
+    bench.machine["l2_bytes"] = 126 * 2**20
+    assert bench.layers(2**20) == 3 * 126
+    assert bench.layers(1) == gpu_timing.MAX_LAYERS
+
+
 def test_ours_must_not_fail(gpu, bench):
     with pytest.raises(ZeroDivisionError):
         bench.race({"ours": lambda: 1 / 0, "dense": lambda: gpu.spend(1.0)})
