@@ -9,6 +9,7 @@ import torch
 
 from fips_ext import BlockSparse, reference
 
+from ..devices import cuda
 from .cases import (
     ENCODINGS,
     TOLERANCE,
@@ -19,7 +20,6 @@ from .cases import (
     relative_error,
     with_leaves,
 )
-from .devices import cuda
 from .test_shared_mlp import CHAIN_TOLERANCE, flat_arguments, in_double
 
 __all__ = ["cuda"]
