@@ -10,7 +10,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # AUTO: with CUDA kernels where a CUDA compiler is found; ON, OFF. Another value installs again.
-FIPS_WITH_CUDA ?= AUTO
+export FIPS_WITH_CUDA ?= AUTO
 INSTALLED := $(VENV)/.installed-cuda-$(FIPS_WITH_CUDA)
 # Two common GPU generations, with PTX of the first for what has neither; a release builds them all
 # (cmake/CudaArch.cmake).
