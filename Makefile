@@ -4,22 +4,27 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := build/release
-# torch is pinned so that neither this environment nor a build environment pulls another (CUDA) build.
+# One torch for this environment and for build environments, from whatever index pip uses: PyPI's for Linux on
+# x86-64 is a CUDA build.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Two common GPU generations; a release builds them all (cmake/CudaArch.cmake).
-export CUDAARCHS ?= 80-real;90a-real
+# AUTO: with CUDA kernels where a CUDA compiler is found; ON, OFF. Another value installs again.
+export FIPS_WITH_CUDA ?= AUTO
+INSTALLED := $(VENV)/.installed-cuda-$(FIPS_WITH_CUDA)
+# Two common GPU generations, with PTX of the first for what has neither; a release builds them all
+# (cmake/CudaArch.cmake).
+export CUDAARCHS ?= 80;90a-real
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python tests/cpp -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.txt' \))
 
 .PHONY: test demo setup lint cpp-test python-test asan-test cuda-audit format clean
 
 test: setup lint cpp-test asan-test python-test
 
-demo: $(VENV)/.installed $(VENV)/.demo-data
+demo: $(INSTALLED) $(VENV)/.demo-data
 	$(BIN)/fips demo --out demo-out
 
-setup: $(VENV)/.installed $(VENV)/.demo-data
+setup: $(INSTALLED) $(VENV)/.demo-data
 
 $(VENV)/.tools: constraints.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,9 +32,11 @@ $(VENV)/.tools: constraints.txt requirements-dev.txt
 	touch $@
 
 # The package and the C++ tests come from one build tree.
-$(VENV)/.installed: $(VENV)/.tools $(SOURCES) | gtest
+$(INSTALLED): $(VENV)/.tools $(SOURCES) | gtest
 	$(BIN)/pip install -q --no-build-isolation --no-deps . \
-	  -C build-dir=$(BUILD) -C cmake.define.FIPS_BUILD_TESTS=ON -C cmake.define.FIPS_WERROR=ON
+	  -C build-dir=$(BUILD) -C cmake.define.FIPS_BUILD_TESTS=ON -C cmake.define.FIPS_WERROR=ON \
+	  -C cmake.define.FIPS_WITH_CUDA=$(FIPS_WITH_CUDA)
+	rm -f $(VENV)/.installed*
 	touch $@
 
 # Weights and text of the demo, read as data: --no-deps, nothing of theirs is imported.
@@ -59,7 +66,7 @@ format: $(VENV)/.tools
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp' \
 	  | xargs -r $(BIN)/clang-format -i
 
-cpp-test: $(VENV)/.installed
+cpp-test: $(INSTALLED)
 	ctest --test-dir $(BUILD) --output-on-failure -j 2
 
 asan-test: $(VENV)/.tools | gtest
@@ -67,7 +74,7 @@ asan-test: $(VENV)/.tools | gtest
 	cmake --build --preset asan
 	ctest --preset asan
 
-python-test: $(VENV)/.installed $(VENV)/.demo-data
+python-test: $(INSTALLED) $(VENV)/.demo-data
 	FIPS_EMULATED_LIBRARY=$(CURDIR)/$(BUILD)/tests/cpp/fips_emulated.so $(BIN)/python -m pytest
 
 # Compiles the CUDA kernels for every architecture of a release and fails if one spills registers.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,14 +17,13 @@ import torch
 import torch.nn.functional as F
 import triton_bsr
 from gpu_shapes import TINY, Pattern, make_slice, stored_slots
-from gpu_timing import COLD_BYTES, Bench, check_close, describe
-from race import Row, dtype_name
+from gpu_timing import Bench, check_close, describe
+from race import Row, dtype_name, measured
 from torch import Tensor
 
 from fips_ext import BlockSparse, functional
 
 DECODE_TOKENS = 64
-MAX_LAYERS = 64
 Shape = tuple[int, int]
 LARGE, VISION, DECODE = (2048, 8192), (768, 3072), (2048, 14336)
 
@@ -145,9 +143,7 @@ def measure(bench: Bench, named: Case) -> Iterator[Row]:
         ours = functional.block_sparse_mm(x, layer.v, case.transpose)
         found = check_close(ours, F.linear(x, layer.filled))
     decoding = named.tokens <= DECODE_TOKENS
-    count = 1
-    if decoding:
-        count = 2 if bench.dry_run else min(MAX_LAYERS, math.ceil(COLD_BYTES / layer.v.nbytes()))
+    count = bench.layers(layer.v.nbytes()) if decoding else 1
     layers = [layer, *(make() for _ in range(count - 1))]
     runs, failed = runners(layers, x, case.transpose)
     race = bench.race(runs, graph=decoding).per_item(count)
@@ -160,7 +156,7 @@ def measure(bench: Bench, named: Case) -> Iterator[Row]:
         row |= {"layers": count, "our_bytes": nbytes, "dense_bytes": dense_nbytes}
         row["copy_share"] = nbytes / race.seconds() / bench.machine["copy_bytes_per_s"]
         row["byte_limit_share"] = race.ratio("dense") * nbytes / dense_nbytes
-    yield row
+    yield measured(row)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

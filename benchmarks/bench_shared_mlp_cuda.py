@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -32,15 +31,14 @@ from gpu_shapes import (
     make_mlps,
     shape_of,
 )
-from gpu_timing import COLD_BYTES, Bench, check_close
-from race import Row, dtype_name
+from gpu_timing import Bench, check_close
+from race import Row, dtype_name, measured
 from torch import Tensor
 
 from fips_ext import nn
 from fips_ext.layout import Encoding
 
 DECODE_TOKENS = 64  # up to here launches and bytes decide
-MAX_LAYERS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +127,12 @@ def measure(bench: Bench, case: Case) -> Iterator[Row]:
 
 def prefill(bench: Bench, runs: dict[str, Callable[[], object]]) -> Row:
     race = bench.race(runs)
-    return race.row() | {"best_ratio": race.ratio(*race.rivals())}
+    return race.row() | measured({"best_ratio": race.ratio(*race.rivals())})
 
 
 def decode(bench: Bench, mlps: Mlps, make: Callable[[], Mlps], x: Tensor) -> Row:
     nbytes, dense_nbytes = mlps.ours.nbytes(), mlps.dense.nbytes()
-    layers = 2 if bench.dry_run else min(MAX_LAYERS, max(2, math.ceil(COLD_BYTES / nbytes)))
+    layers = bench.layers(nbytes)
     stacks: dict[str, list] = {}
     for mlps_of_layer in (mlps, *(make() for _ in range(layers - 1))):
         for name, mlp in mlps_of_layer.forms().items():
@@ -142,7 +140,7 @@ def decode(bench: Bench, mlps: Mlps, make: Callable[[], Mlps], x: Tensor) -> Row
     runs = {name: functools.partial(through, stack, x) for name, stack in stacks.items()}
     race = bench.race(runs, graph=True).per_item(layers)
     eager = bench.race(runs).per_item(layers)
-    return race.row() | {
+    row = {
         "best_ratio": race.ratio(*race.rivals()),
         "layers": layers,
         "our_bytes": nbytes,
@@ -152,6 +150,7 @@ def decode(bench: Bench, mlps: Mlps, make: Callable[[], Mlps], x: Tensor) -> Row
         "eager_seconds": eager.row()["seconds"],
         "eager_ratio": eager.row()["ratio"],
     }
+    return race.row() | measured(row)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

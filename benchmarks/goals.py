@@ -262,8 +262,12 @@ def reason_missing(row: Row, measure: str) -> str:
             return f"{kind}: {row[kind]}"
     rival = measure.rpartition(".")[2]
     errors = row.get("rival_errors")
-    reason = row.get(f"{rival}_error") or (errors.get(rival) if isinstance(errors, Mapping) else None)
-    return f"{rival}: {reason}" if reason else f"the row has no {measure}"
+    errors = errors if isinstance(errors, Mapping) else {}
+    reason = row.get(f"{rival}_error") or errors.get(rival)
+    if reason:
+        return f"{rival}: {reason}"
+    failed = "; ".join(f"{name}: {error}" for name, error in errors.items())
+    return f"the row has no {measure}" + (f" ({failed})" if failed else "")
 
 
 def label(row: Row) -> str:

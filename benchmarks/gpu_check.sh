@@ -67,14 +67,10 @@ has_module() { "$python" -c "import $1" 2>/dev/null; }
 # shellcheck disable=SC2329  # stage runs it through bash -c
 # The package in $site. What was built before is kept: a second call builds what changed.
 build_package() {
+  # _host would need Python's headers, and nothing here uses it.
   local options=(-DCMAKE_BUILD_TYPE=Release -DFIPS_WITH_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$arch-real"
-    "-DPython_EXECUTABLE=$(command -v "$python")")
+    -DFIPS_BUILD_HOST=OFF "-DPython_EXECUTABLE=$(command -v "$python")")
   if command -v ninja >/dev/null; then options+=(-G Ninja); fi
-  if has_module pybind11; then
-    options+=("-Dpybind11_DIR=$("$python" -m pybind11 --cmakedir)")
-  else
-    options+=(-DFIPS_BUILD_HOST=OFF)
-  fi
   cmake -S . -B "$build" "${options[@]}" &&
     cmake --build "$build" --parallel "$(nproc)" &&
     rm -rf "$site" && mkdir -p "$site" &&
@@ -130,7 +126,7 @@ arch=$("$python" -c '
 import torch
 major, minor = torch.cuda.get_device_capability()
 print("90a" if (major, minor) == (9, 0) else f"{major}{minor}")') || exit 2
-export -f build_package has_module
+export -f build_package
 export python build site arch
 say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader)"
 say "$(nvcc --version | tail -n 2)"

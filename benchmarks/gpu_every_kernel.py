@@ -73,6 +73,11 @@ def products(device: str) -> Iterator[Case]:
     # Tokens too wide for shared memory, and enough output blocks for the tallest tile.
     tall = Pattern(0.1, (32, 16))
     yield Case("product, tall tile", lambda: product(device, torch.bfloat16, 130, 2048, 2240, tall))
+    # Few input features, and work enough for Hopper to keep tokens in shared memory.
+    kept = Pattern(0.5, (64, 64))
+    for dtype in HALVES:
+        name = f"product that keeps its tokens {dtype_name(dtype)}"
+        yield Case(name, lambda d=dtype: product(device, d, 1500, 256, 2240, kept))
     yield Case("product in TF32", lambda: product_in_tf32(device))
 
 
@@ -96,7 +101,7 @@ def product(device: str, dtype: torch.dtype, tokens: int, r: int, n: int, patter
 
 
 def sampled_products(device: str) -> Iterator[Case]:
-    """Sampled, and dense with the stored blocks gathered."""
+    """Sampled, in one range of tokens and in several, and dense with the stored blocks gathered."""
     for dtype, density, encoding in itertools.product(DTYPES, (0.1, 1.0), ENCODINGS):
         pattern = Pattern(density, (64, 64), encoding)
         name = f"sampled product p={density} {dtype_name(dtype)} {encoding}"
@@ -105,7 +110,7 @@ def sampled_products(device: str) -> Iterator[Case]:
 
 def sampled_product(device: str, dtype: torch.dtype, pattern: Pattern) -> None:
     v = make_slice(700, 300, pattern, dtype, device)
-    for tokens in (3, 600):
+    for tokens in (3, 600, 1100):
         a, b = randn(device, dtype, tokens, v.rows), randn(device, dtype, tokens, v.cols)
         exact = reference.block_sparse_sddmm(a.double(), b.double(), in_double(v))
         check_close(functional.block_sparse_sddmm(a, b, v), exact, BOUND)
@@ -118,10 +123,14 @@ WIDE = (Shape("wide", 832, 320), Shape("wide gated", 832, 320, "gelu_tanh", gate
 
 
 def whole_mlps(device: str) -> Iterator[Case]:
-    """Decoding, the fused kernel (narrow, halves), the chain (wide), and slices filled up (bitmap)."""
+    """Decoding, the chain, slices filled up (bitmap), and the fused kernel (narrow, halves, many tokens)."""
     for shape, dtype, encoding in itertools.product((*NARROW, *WIDE), DTYPES, ENCODINGS):
         name = f"MLP {shape.name} {dtype_name(dtype)} {encoding}"
         yield Case(name, lambda s=shape, d=dtype, e=encoding: whole_mlp(device, s, d, e))
+    tokens = fused_tokens(device)
+    for shape, dtype in itertools.product(NARROW, HALVES):
+        name = f"MLP {shape.name} {dtype_name(dtype)} fused"
+        yield Case(name, lambda s=shape, d=dtype: whole_mlp(device, s, d, "block", (tokens,)))
     for shape, dtype in itertools.product((NARROW[0], WIDE[1]), (torch.bfloat16, torch.float32)):
         name = f"gradients {shape.name} {dtype_name(dtype)}"
         yield Case(name, lambda s=shape, d=dtype: gradients(device, s, d))
@@ -129,14 +138,26 @@ def whole_mlps(device: str) -> Iterator[Case]:
         yield Case(name, lambda s=shape, d=dtype: loss(device, s, d))
 
 
+def fused_tokens(device: str) -> int:
+    """Tokens for which the fused kernel runs (prefers_fused_mlp): its tiles fill half of the GPU."""
+    multiprocessors = 4 if device == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count
+    return 32 * multiprocessors + 64
+
+
 def new_mlp(device: str, shape: Shape, dtype: torch.dtype, encoding: Encoding) -> SharedMlp:
     return make_mlps(shape, shape.d // 2, Pattern(0.3, (32, 32), encoding), dtype, device).ours
 
 
-def whole_mlp(device: str, shape: Shape, dtype: torch.dtype, encoding: Encoding) -> None:
+def whole_mlp(
+    device: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    encoding: Encoding,
+    counts: Sequence[int] = (1, 13, 150),
+) -> None:
     mlp = new_mlp(device, shape, dtype, encoding)
     exact = {name: in_double(value) for name, value in mlp.arguments().items()}
-    for tokens in (1, 13, 150):
+    for tokens in counts:
         x = randn(device, dtype, tokens, shape.d)
         check_close(mlp(x), reference.shared_mlp(x.double(), **exact), BOUND)
 

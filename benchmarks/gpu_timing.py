@@ -25,7 +25,8 @@ RACE_S = 0.25  # of rounds beyond the fewest
 SLOW_S = 2.0  # a race of such calls has one round
 MIN_ROUNDS, MAX_ROUNDS = 5, 41
 SAMPLE_S = 2e-4  # shortest timed batch: well above the resolution of events
-COLD_BYTES = 256 * 2**20  # several times the L2 of any GPU
+COLD_BYTES, COLD_L2 = 256 * 2**20, 3  # these bytes and as many times the L2 flush it
+MAX_LAYERS = 512
 COPY_BYTES = 2**31
 
 
@@ -76,6 +77,14 @@ class Bench:
                 return Race({name: [wall_seconds(run)] for name, run in runs.items()})
             return self._race(runs, graph, flush)
 
+    def cold_bytes(self) -> int:
+        """So many bytes that the L2 holds little of what was read one round before."""
+        return max(COLD_BYTES, COLD_L2 * self.machine.get("l2_bytes", 0))
+
+    def layers(self, nbytes: int) -> int:
+        """How many distinct layers of ``nbytes`` of weights keep those out of the L2; 2 in a dry run."""
+        return 2 if self.dry_run else min(MAX_LAYERS, max(2, math.ceil(self.cold_bytes() / nbytes)))
+
     def measure(
         self, keys: Row, make: Callable[[], Run], work: float, unit: str = "FLOP/s", flush: bool = False
     ) -> None:
@@ -98,7 +107,7 @@ class Bench:
                 if name == "ours":
                     raise
                 errors[name] = describe(error)
-        scratch = torch.empty(COLD_BYTES if flush else 1, dtype=torch.uint8, device=self.device)
+        scratch = torch.empty(self.cold_bytes() if flush else 1, dtype=torch.uint8, device=self.device)
         once = sum(seconds for _, seconds in ready.values())
         rounds = 1 if once > SLOW_S else max(MIN_ROUNDS, min(MAX_ROUNDS, int(RACE_S / once)))
         events: dict[str, list[tuple]] = {name: [] for name in ready}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +28,15 @@ class Race:
         return list(dict.fromkeys(name.split("/")[0] for name in self.times if name != "ours"))
 
     def ratio(self, *rivals: str) -> float:
-        """How many times faster ours is than the fastest of ``rivals``."""
-        return statistics.median(self._ratios(rivals))
+        """How many times faster ours is than the fastest of ``rivals`` that were timed; NaN if none was."""
+        ratios = self._ratios(rivals)
+        return statistics.median(ratios) if ratios else math.nan
 
     def spread(self, *rivals: str) -> float:
-        """Quartile distance of :meth:`ratio` over its median."""
+        """Quartile distance of :meth:`ratio` over its median; NaN if none of ``rivals`` was timed."""
         ratios = self._ratios(rivals)
+        if not ratios:
+            return math.nan
         if len(ratios) < 2:
             return 0.0
         low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -57,8 +61,15 @@ class Race:
 
     def _ratios(self, rivals: Sequence[str]) -> list[float]:
         forms = [times for name, times in self.times.items() if name.split("/")[0] in rivals]
+        if not forms:
+            return []
         fastest = [min(times) for times in zip(*forms, strict=True)]
         return [rival / ours for rival, ours in zip(fastest, self.times["ours"], strict=True)]
+
+
+def measured(row: Row) -> Row:
+    """``row`` without NaN: what is over a rival that failed is left out, as JSON has no NaN."""
+    return {key: value for key, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

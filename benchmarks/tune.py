@@ -28,7 +28,7 @@ from fips_ext import BlockSparse, functional
 TOKENS = 4096
 ROWS, COLS = 2048, 8192
 BLOCK = (64, 128)
-FILL_TOKENS = 512  # well above any threshold on tokens that a table starts with
+FILL_TOKENS = 512  # well above any threshold on tokens that a table starts with; see fill_tokens
 FORCED_DENSITY = 0.8 * LOWEST_DENSITY
 TILE_TOKENS, TALL = 1024, 128
 
@@ -104,16 +104,27 @@ def linear_seconds(bench: Bench, problem: Problem, tokens: int) -> float:
     return bench.race({"ours": lambda: F.linear(x, weight)}).seconds()
 
 
-def filling_seconds(bench: Bench, problem: Problem, full: BlockSparse) -> float:
-    x = bench.randn(FILL_TOKENS, problem.rows)
+def fill_tokens(present: Tuning) -> int:
+    """Tokens for which the ops fill up: below a present threshold stored blocks would be timed instead."""
+    return max(FILL_TOKENS, present.dense_tokens, present.bitmap_dense_tokens)
+
+
+def filling_seconds(bench: Bench, problem: Problem, full: BlockSparse, tokens: int) -> float:
+    x = bench.randn(tokens, problem.rows)
     whole = bench.race({"ours": lambda: functional.block_sparse_mm(x, full)}, flush=True).seconds()
-    return max(0.0, whole - linear_seconds(bench, problem, FILL_TOKENS))
+    return max(0.0, whole - linear_seconds(bench, problem, tokens))
 
 
 def token_sweep(
-    bench: Bench, problem: Problem, kind: str, full: BlockSparse, ours: BlockSparse, counts: Sequence[int]
+    bench: Bench,
+    problem: Problem,
+    kind: str,
+    full: BlockSparse,
+    ours: BlockSparse,
+    counts: Sequence[int],
+    present: Tuning,
 ) -> Iterator[Row]:
-    filling = filling_seconds(bench, problem, full)
+    filling = filling_seconds(bench, problem, full, fill_tokens(present))
     for tokens in counts:
         x = bench.randn(tokens, ours.rows)
         seconds = bench.race(
@@ -122,10 +133,10 @@ def token_sweep(
         yield row(kind, tokens, seconds, filling + linear_seconds(bench, problem, tokens))
 
 
-def dense_tokens(bench: Bench, problem: Problem) -> Iterator[Row]:
+def dense_tokens(bench: Bench, problem: Problem, present: Tuning) -> Iterator[Row]:
     full = problem.slice(bench, 1.0)
     counts = (8, 16, 32, 64, 128, 256, 512)
-    yield from token_sweep(bench, problem, "tokens", full, with_empty_rows(full), counts)
+    yield from token_sweep(bench, problem, "tokens", full, with_empty_rows(full), counts, present)
 
 
 def bitmap_tokens(bench: Bench, problem: Problem, present: Tuning) -> Iterator[Row]:
@@ -133,7 +144,7 @@ def bitmap_tokens(bench: Bench, problem: Problem, present: Tuning) -> Iterator[R
     v = problem.slice(bench, 0.5, "bitmap")
     last = present.bitmap_dense_tokens - 1
     counts = sorted({max(1, last // 4), max(1, last // 2), max(1, last)})
-    yield from token_sweep(bench, problem, "bitmap", v, v, counts)
+    yield from token_sweep(bench, problem, "bitmap", v, v, counts, present)
 
 
 # -- token tiles ---------------------------------------------------------------------------------------------
@@ -165,7 +176,7 @@ def parts(bench: Bench, present: Tuning) -> Iterator[tuple[str, Callable[[], Ite
         yield f"mm p={density}", functools.partial(mm_density, bench, problem, density)
     for density in (0.15, 0.25, 0.35, 0.5, 0.7):
         yield f"sddmm p={density}", functools.partial(sddmm_density, bench, problem, density)
-    yield "tokens", functools.partial(dense_tokens, bench, problem)
+    yield "tokens", functools.partial(dense_tokens, bench, problem, present)
     yield "bitmap", functools.partial(bitmap_tokens, bench, problem, present)
     yield "tiles", functools.partial(token_tiles, bench, problem, present)
 

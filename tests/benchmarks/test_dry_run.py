@@ -88,6 +88,26 @@ def test_without_a_gpu_the_scripts_say_so(tmp_path, monkeypatch, capsys):
     assert "no CUDA GPU is visible" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("wrong", ["nan", "basis", "coefficients"])
+def test_wrong_factors_are_errors(tmp_path, monkeypatch, wrong):
+    right = torch.ops.fips.batched_rsvd
+
+    def rsvd(w, rank, **options):
+        u, s, vh = right(w, rank, **options)
+        if wrong == "nan":
+            return u * float("nan"), s, vh
+        return (u.roll(1, 1), s, vh) if wrong == "basis" else (u, s.flip(1), vh)
+
+    monkeypatch.setattr(torch.ops.fips, "batched_rsvd", rsvd)
+    path = tmp_path / "init.json"
+    assert importlib.import_module(SCRIPTS["init"]).main(["--dry-run", "--out", str(path)]) == 1
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["method"] for row in rows if "wrong result: excess residual" in row.get("error", "")} == {
+        "rsvd"
+    }
+    assert all(("error" in row) == (row["method"] == "rsvd") for row in rows)
+
+
 def test_every_kernel_is_called():
     assert gpu_every_kernel.main(["--dry-run"]) == 0
 

@@ -58,6 +58,7 @@ def test_the_worst_row_counts():
         (results(row(math.nan)), "no ratio.dense"),
         (results({"case": "a", "T": 1, "ratio": {}, "rival_errors": {"dense": "no"}}), "dense: no"),
         (results({"case": "a", "T": 1, "ratio": {}, "dense_error": "no"}), "dense: no"),
+        (results({"case": "a", "T": 1, "rival_errors": {"bsr": "no"}}), "no ratio.dense (bsr: no)"),
     ],
 )
 def test_what_is_not_measured_says_why(found, reason):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import types
 
 import gpu_timing
 import pytest
 import torch
 from gpu_timing import Bench
-from race import Race
+from race import Race, measured
 
 
 def test_ratios_are_medians_over_rounds_of_the_fastest_form():
@@ -28,6 +29,19 @@ def test_the_fastest_of_several_rivals_counts():
     race = Race({"ours": [1.0, 1.0], "dense": [3.0, 3.0], "filled": [2.0, 4.0]}, {"other": "boom"})
     assert race.ratio("dense", "filled") == 2.5
     assert race.row()["rival_errors"] == {"other": "boom"}
+
+
+def test_rivals_that_failed_have_no_ratio():
+    race = Race({"ours": [1.0, 2.0]}, {"dense": "boom"})
+    assert race.rivals() == []
+    for rivals in (("dense",), ("dense", "filled"), ()):
+        assert math.isnan(race.ratio(*rivals))
+        assert math.isnan(race.spread(*rivals))
+    row = measured(race.row() | {"e": race.ratio("dense") * 0.5, "layers": 2})
+    assert row["ratio"] == {}
+    assert row["rival_errors"] == {"dense": "boom"}
+    assert row["layers"] == 2
+    assert "e" not in row
 
 
 def test_layers_share_a_call():
@@ -130,6 +144,14 @@ def test_a_race_on_a_gpu(gpu, bench, graph, flush):
     assert race.rivals() == ["dense"]
     assert "ZeroDivisionError" in race.errors["bad"]
     assert gpu.captures == (2 if graph else 0)
+
+
+def test_layers_outgrow_the_l2(bench):
+    assert bench.layers(2**20) == 256
+    assert bench.layers(2**40) == 2
+    bench.machine["l2_bytes"] = 126 * 2**20
+    assert bench.layers(2**20) == 3 * 126
+    assert bench.layers(1) == gpu_timing.MAX_LAYERS
 
 
 def test_ours_must_not_fail(gpu, bench):

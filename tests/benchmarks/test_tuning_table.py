@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import tune
 import tuning_table
 from tuning_table import HEADER, PRESENT, Measurements, Tuning
 
@@ -30,6 +32,12 @@ def test_tokens_from_which_dense_wins():
     assert tuning_table.tokens_threshold([(31, 1, 2), (63, 1, 2)], 100) == 128  # it never did
     assert tuning_table.tokens_threshold([(4096, 1, 2)], 100) == 4096
     assert tuning_table.tokens_threshold([], 100) == 100
+
+
+def test_filling_is_timed_where_the_ops_fill_up():
+    assert tune.fill_tokens(PRESENT) == tune.FILL_TOKENS
+    assert tune.fill_tokens(dataclasses.replace(PRESENT, dense_tokens=1024)) == 1024
+    assert tune.fill_tokens(dataclasses.replace(PRESENT, bitmap_dense_tokens=4096)) == 4096
 
 
 def test_tiles_grow_only_past_what_was_slower():

@@ -213,5 +213,17 @@ TEST(FusedPlan, SwinStagesFitOnHopper) {
   EXPECT_FALSE(plan_fused(shape(768, 768, 3072), hopper).has_value());
 }
 
+// benchmarks/gpu_every_kernel.py: 32 * sm_count + 64 tokens of its narrow MLP.
+TEST(FusedPlan, TheCheckRunsTheFusedKernel) {
+  for (const int sm_count : {78, 108, 132, 148, 170}) {
+    SharedMlpParams narrow = shape(64, 32, 256);
+    narrow.tokens = 32 * sm_count + 64;
+    narrow.up.bk = narrow.up.bn = 32;
+    const DeviceInfo device{sm_count, 90, kHopperBytes};
+    EXPECT_TRUE(prefers_fused_mlp(narrow, device)) << sm_count;
+    EXPECT_TRUE(plan_fused(narrow, device).has_value()) << sm_count;
+  }
+}
+
 }  // namespace
 }  // namespace fips::cuda

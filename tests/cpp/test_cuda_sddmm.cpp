@@ -162,6 +162,9 @@ TEST(SddmmSplit, FillsTheChipWithoutTinyRanges) {
   EXPECT_EQ(split_tokens(100, 36, 128 * 128, 132).splits, 1);
   EXPECT_EQ(split_tokens(100000, 4000, 128 * 128, 132).splits, 1);
   EXPECT_EQ(split_tokens(0, 4000, 128 * 128, 132).splits, 1);
+  // benchmarks/gpu_every_kernel.py: 5 blocks of 64 x 64, summed at once and in ranges.
+  EXPECT_EQ(split_tokens(600, 5, 64 * 64, 132).splits, 1);
+  EXPECT_EQ(split_tokens(1100, 5, 64 * 64, 132).splits, 2);
   // Ranges cover all tokens and none is empty.
   for (int64_t tokens = 1; tokens < 5000; tokens += 37) {
     const SddmmSplit split = split_tokens(tokens, 3, 256, 132);

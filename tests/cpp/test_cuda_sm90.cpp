@@ -465,6 +465,17 @@ TEST(CudaSm90Plan, SmallModelsKeepTheirInput) {
   EXPECT_FALSE(plan(128, 768, 1024, 64, 64, 0.1, false).resident) << "loads more x than weights";
 }
 
+// benchmarks/gpu_every_kernel.py runs every kernel; these shapes of it run these two on every
+// Hopper.
+TEST(CudaSm90Plan, TheCheckRunsBothKernels) {
+  for (const int sm_count : {78, 114, 132, 144}) {
+    const Sm90Plan kept = choose_sm90_plan({1500, 256, 35, 70, 64, false, false, sm_count});
+    EXPECT_TRUE(kept.resident) << sm_count;
+    const Sm90Plan streamed = choose_sm90_plan({300, 192, 10, 10, 64, false, false, sm_count});
+    EXPECT_FALSE(streamed.resident) << sm_count;
+  }
+}
+
 TEST(CudaSm90Plan, EveryChoiceFits) {
   for (const int64_t tokens : {65, 200, 4000, 100000}) {
     for (const int64_t in : {64, 192, 256, 384, 576, 768, 832}) {

@@ -1,29 +1,47 @@
-"""The CUDA initialisation ops on emulated kernels (csrc/kernels/cuda/emulation.h), against float64."""
+"""The CUDA initialisation ops against float64: emulated anywhere, on a GPU where there is one."""
 
 from __future__ import annotations
 
-import os
+import dataclasses
 
 import pytest
 import torch
 from torch import Tensor
 
-_LIBRARY = os.environ.get("FIPS_EMULATED_LIBRARY")
-pytestmark = [
-    pytest.mark.usefixtures("single_thread"),
-    pytest.mark.skipif(
-        not _LIBRARY, reason="FIPS_EMULATED_LIBRARY does not name the library of emulated CUDA ops"
-    ),
-]
+from ..devices import CudaOps, cuda
+
+__all__ = ["cuda"]
+
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 EPSILON = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-@pytest.fixture(scope="module")
-def ops():
-    torch.ops.load_library(_LIBRARY)
-    return torch.ops.fips_emulated
+@dataclasses.dataclass(frozen=True)
+class InitOps:
+    """The ops on tensors of the CPU: inputs are put on the device, results brought back."""
+
+    cuda: CudaOps
+
+    def batched_rsvd(self, *arguments, **options) -> tuple[Tensor, ...]:
+        return self._back(self.cuda.ops.batched_rsvd(*self.cuda.put(arguments), **options))
+
+    def batched_gram_eigh(self, *arguments) -> tuple[Tensor, ...]:
+        return self._back(self.cuda.ops.batched_gram_eigh(*self.cuda.put(arguments)))
+
+    def gram_update(self, gram: Tensor, x: Tensor) -> None:
+        """In place where the device is the CPU or ``gram`` is on it already."""
+        self.cuda.ops.gram_update(self.cuda.put(gram), self.cuda.put(x))
+
+    def _back(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert all(result.device.type == self.cuda.device for result in results)
+        return tuple(result.cpu() for result in results)
+
+
+@pytest.fixture
+def ops(cuda) -> InitOps:
+    return InitOps(cuda)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -215,7 +233,7 @@ def test_gram_eigh_of_nothing_and_wrong_arguments(ops):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gram_update_streams(ops, gram_dtype, dtype):
     x = randn(3, 70, 12).to(dtype)
-    gram = torch.zeros(12, 12, dtype=gram_dtype)
+    x, gram = ops.cuda.put((x, torch.zeros(12, 12, dtype=gram_dtype)))
     for part in x:
         ops.gram_update(gram, part)
     ops.gram_update(gram, x[:0])
@@ -223,21 +241,21 @@ def test_gram_update_streams(ops, gram_dtype, dtype):
     ops.gram_update(gram, x.transpose(0, 1)[:, :, ::2].repeat_interleave(2, 2))
     flat, again = x.double().reshape(-1, 12), x[..., ::2].double().repeat_interleave(2, 2).reshape(-1, 12)
     want = flat.t() @ flat + again.t() @ again + torch.outer(flat[0], flat[0])
-    assert error(gram.unsqueeze(0), want.unsqueeze(0)) < (1e-12 if gram_dtype == torch.float64 else 2e-6)
+    assert error(gram[None].cpu(), want[None].cpu()) < (1e-12 if gram_dtype == torch.float64 else 2e-6)
 
 
 def test_gram_update_takes_more_tokens_than_one_chunk(ops):
     x = randn(8200, 5).float()
-    gram = torch.zeros(5, 5, dtype=torch.float64)
+    gram = ops.cuda.put(torch.zeros(5, 5, dtype=torch.float64))
     ops.gram_update(gram, x)
-    assert error(gram.unsqueeze(0), (x.double().t() @ x.double()).unsqueeze(0)) < 1e-12
+    assert error(gram[None].cpu(), (x.double().t() @ x.double()).unsqueeze(0)) < 1e-12
 
 
 def test_gram_update_refuses_wrong_arguments(ops):
     for gram, message in [
         (torch.zeros(4, 4, dtype=torch.bfloat16), "gram: dtype"),
         (torch.zeros(4, 5), "gram: expected shape"),
-        (torch.zeros(8, 4)[::2], "gram: must be contiguous"),
+        (ops.cuda.put(torch.zeros(8, 4))[::2], "gram: must be contiguous"),  # a copy would be
     ]:
         with pytest.raises((RuntimeError, ValueError), match=message):
             ops.gram_update(gram, torch.zeros(3, 4))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fips_ext import BlockSparse, functional, reference
 
+from ..devices import CudaOps, reason_without_gpu
 from .cases import (
     ENCODINGS,
     TOLERANCE,
@@ -21,7 +22,6 @@ from .cases import (
     relative_error,
     with_leaves,
 )
-from .devices import CudaOps, reason_without_gpu
 from .test_shared_mlp import CHAIN_TOLERANCE, flat_arguments, in_double
 
 _skip = reason_without_gpu()

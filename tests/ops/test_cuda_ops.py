@@ -9,6 +9,7 @@ import torch
 
 from fips_ext import BlockSparse, reference
 
+from ..devices import cuda
 from .cases import (
     ENCODINGS,
     TOLERANCE,
@@ -19,7 +20,6 @@ from .cases import (
     relative_error,
     with_leaves,
 )
-from .devices import cuda
 from .test_shared_mlp import CHAIN_TOLERANCE, flat_arguments, in_double
 
 __all__ = ["cuda"]
@@ -110,10 +110,15 @@ def test_shared_mlp(cuda, dtype, activation):
         assert relative_error(y.cpu(), expected) < CHAIN_TOLERANCE[dtype]
 
 
+def fused_tokens() -> int:
+    """Tokens for which a GPU runs the fused kernel (prefers_fused_mlp)."""
+    return 32 * torch.cuda.get_device_properties(0).multi_processor_count + 64
+
+
 @pytest.mark.parametrize("many", [False, True])
 def test_every_slice_may_have_blocks_of_its_own(cuda, many):
     # Emulated, thousands take minutes: there tests/cpp/test_cuda_fused.cpp calls the fused kernel itself.
-    tokens = 5 if not many else 70 if cuda.device == "cpu" else 4300
+    tokens = 5 if not many else 70 if cuda.device == "cpu" else fused_tokens()
     mlp = random_mlp(True, True, False, True, "block", torch.bfloat16, 64, 90, 48)
     for seed, (role, block) in enumerate((("up", (16, 16)), ("gate", (64, 16)), ("down", (32, 16)))):
         mlp[role] = random_slice(48, 90, block, "block", torch.bfloat16, seed=seed)

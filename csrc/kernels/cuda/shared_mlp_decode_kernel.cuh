@@ -1,8 +1,10 @@
 // One persistent kernel for the four stages of an MLP on shared factors. At Llama-3-8B's sizes (U
 // and V_i of density 1/4 in bfloat16: 78 MB) memory needs 16 us at 4.8 TB/s, and four separate
-// launches would leave it idle between them. Here the rings of a multiprocessor hold up to 160 KiB
-// of weights under way, also across the barriers between stages: over 132 multiprocessors 4 us of
-// memory time, more than a barrier takes and several times the latency of memory.
+// launches would leave it idle between them. Here the rings of a multiprocessor have up to 128 KiB
+// of weights under way (all slots but the one that is read), also across the barriers between
+// stages: over 132 multiprocessors 3.6 us of memory time. By estimate, not yet measured, that is
+// more than a barrier takes and several times the latency of memory. A ring of two slots, all that
+// fits into 99 KiB of shared memory, has 32 KiB under way.
 // Features go straight from L2 into registers, T / 32 (row steps) or T / 64 (column steps) of the
 // bytes of the weights in blocks of these widths.
 #pragma once

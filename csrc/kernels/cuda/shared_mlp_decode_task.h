@@ -59,7 +59,7 @@ struct DecodeTask {
   uint64_t* flags;     // [kDecodeFlagRows][blocks], any content
   uint64_t nonce;      // never the same in two calls
   int blocks;          // grid size
-  int slots;           // of each warp's ring in shared memory, 3 at least
+  int slots;           // of each warp's ring in shared memory, 2 to 5
 };
 
 FIPS_INLINE FIPS_HOST_DEVICE int matrices_of(const DecodeTask& task, int stage) {
