@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from fips_ext import Recipe, compress
-from fips_ext._compress import group_mlps
+from fips_ext import Recipe, calibrate, compress
+from fips_ext._compress import build as build_mlps
+from fips_ext._compress import group_mlps, shape_of
+from fips_ext.budget import solve
 from fips_ext.errors import BudgetError, InvalidArgument, NumericalError, SurgeryError
+from fips_ext.init import factorise
 from fips_ext.nn.mlp import shared_mlps
 from fips_ext.report import Report
 from fips_ext.surgery import find_mlps
@@ -42,6 +45,39 @@ def test_every_architecture(name: str) -> None:
     with torch.no_grad():
         output = model(x)
     assert next(iter(output.values())).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "bert"])
+def test_sorting_neurons_does_not_change_what_is_computed(name: str) -> None:
+    """Every block kept, and an identity base: the outputs are those of the dense model."""
+    model, x = build(name)
+    with torch.no_grad():
+        for mlp in find_mlps(model):
+            for linear in mlp.linears().values():
+                if linear.bias is not None:
+                    linear.bias.normal_()
+        expected = next(iter(model(x).values()))
+        group = find_mlps(model)
+        plan = solve(recipe(ratio=1.0, base="identity", pattern="block:16x16"), shape_of(group))
+        plan = plan.with_count(sum(m.width * m.hidden * len(m.linears()) for m in group) // 256)
+        with calibrate(model, [x] * 8, 96) as calibration:
+            problems = [calibration.problems(i, mlp, "loss") for i, mlp in enumerate(group)]
+        factors = factorise(problems, plan, recipe(base="identity", pattern="block:16x16"))
+        assert not all(torch.equal(order, order.sort().values) for order in factors.orders)
+        for mlp, shared in zip(group, build_mlps(group, factors, plan), strict=True):
+            mlp.install(shared)
+        torch.testing.assert_close(next(iter(model(x).values())), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_model_decides_what_each_group_stores() -> None:
+    """A layer whose output nothing reads keeps next to nothing, and all bytes stay within the ratio."""
+    model, x = build("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e-4)
+    report = compress(model, recipe(ratio=0.5, group_size=1, steps=0), [x] * 8)
+    assert report.mlp_ratio <= 0.5
+    sizes = [layer.nbytes for layer in report.layers]
+    assert sizes[0] < 0.8 * min(sizes[1:])
 
 
 def test_stages_of_other_widths_are_other_groups() -> None:

@@ -8,11 +8,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fips_ext.init import SliceProblem
 from fips_ext.layout import BlockSparse, Encoding
 from fips_ext.nn import SharedBase, SharedMLP, SparseFactor
 from fips_ext.surgery import DenseMLP, find_mlps
+from fips_ext.train import observe as observe_into
 
 VOCABULARY, LAYERS, WIDTH, HIDDEN = 64, 3, 32, 64
+
+
+class Seen(NamedTuple):
+    """What ``observe`` finds about an MLP."""
+
+    targets: Tensor
+    weights: Tensor
+    power: float
+    problems: dict[str, SliceProblem]
+
+
+def observe(mlp: DenseMLP, x: Tensor, dtype: torch.dtype, held_out: int = 0) -> Seen:
+    targets = torch.empty_like(x)
+    seen = observe_into(mlp, x, targets, dtype, held_out)
+    return Seen(targets, seen.weights, seen.power, seen.problems(mlp))
 
 
 class Case(NamedTuple):

@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from ._compress import compress
     from .checkpoint import from_pretrained, info, save_pretrained
     from .report import Report
+    from .train import Calibration, calibrate
 
 __version__ = "0.1.0"
 __all__ = [
     "BlockSparse",
+    "Calibration",
     "Recipe",
     "Report",
     "__version__",
+    "calibrate",
     "compress",
     "from_pretrained",
     "info",
@@ -31,7 +34,9 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Calibration": "train",
     "Report": "report",
+    "calibrate": "train",
     "compress": "_compress",
     "from_pretrained": "checkpoint",
     "info": "checkpoint",

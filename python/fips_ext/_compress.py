@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import resource
 import sys
@@ -10,27 +11,18 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import budget
 from ._structure import describe
 from .errors import InvalidArgument
-from .init import Factors, factorise
+from .init import Factors, ScoreCurve, SliceProblem, allocate, factorise, unit_scores
 from .layout import BlockSparse
 from .nn import SharedBase, SharedMLP, SparseFactor
 from .recipe import Recipe
 from .report import LayerReport, Report
 from .surgery import DenseMLP, find_mlps
-from .train import (
-    ActivationStore,
-    LayerData,
-    check_weights,
-    collect,
-    held_out_rows,
-    observe,
-    train_group,
-    weight_problems,
-)
+from .train import Calibration, calibrate, check_weights, train_group, weight_problems
 
 Progress = Callable[[int, int], None]
 
@@ -38,7 +30,7 @@ Progress = Callable[[int, int], None]
 def compress(
     model: nn.Module,
     recipe: Recipe,
-    data: Iterable[Any] | None,
+    data: Iterable[Any] | Calibration | None,
     *,
     progress: Progress | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -48,11 +40,12 @@ def compress(
     Args:
         model: any model whose MLPs :func:`fips_ext.surgery.find_mlps` knows; its dtype and device are kept.
         recipe: the settings.
-        data: model inputs to calibrate on: ids or pixel tensors, or dicts of keyword arguments. May be None
-            with ``init="svd"`` and ``steps=0``.
+        data: model inputs to calibrate on: ids or pixel tensors, or dicts of keyword arguments; or what
+            :func:`fips_ext.calibrate` made of them. May be None with ``init="svd"`` and ``steps=0``.
         progress: called with (done, total).
         compute_dtype: of the matrix products of calibration and training; default bfloat16 for a model in a
-            half precision, else float32. Sums, decompositions and master weights are float32 or better.
+            half precision, else float32. Sums, decompositions and master weights are float32 or better. A
+            ``Calibration`` brings its own.
 
     Returns:
         what was done and how large the error is.
@@ -71,9 +64,6 @@ def compress(
     plans = [budget.solve(recipe, shape_of(group)) for group in groups]
     _check_rank(recipe, mlps)
     dense_bytes, dense_macs = _model_bytes(model), sum(p.shape.dense_macs for p in plans)
-    dtype = mlps[0].up.weight.dtype
-    if compute_dtype is None:
-        compute_dtype = torch.bfloat16 if dtype.itemsize == 2 else torch.float32
     if mlps[0].up.weight.is_cuda:
         torch.cuda.reset_peak_memory_stats(mlps[0].up.weight.device)
 
@@ -81,18 +71,30 @@ def compress(
     if needs_data and data is None:
         raise InvalidArgument("data: None is allowed only with init='svd' and steps=0")
     meter = _Meter(progress, len(groups), recipe)
-    tokens = recipe.calibration_tokens if data is not None else 0
-    layers: list[LayerReport] = []
-    installed: list[SharedMLP] = []
-    with ActivationStore([mlp.width for mlp in mlps], tokens, dtype) as store:
+    owned = None
+    if data is not None and not isinstance(data, Calibration):
+        data = owned = calibrate(
+            model,
+            data,
+            recipe.calibration_tokens,
+            loss=recipe.needs_loss,
+            seed=recipe.seed,
+            compute_dtype=compute_dtype,
+            progress=meter.calibrated,
+        )
+    try:
         if data is not None:
-            collect(model, mlps, data, store, meter.calibrated)
-        inputs = iter(store.inputs)
-        for group, plan in zip(groups, plans, strict=True):
-            rows = list(itertools.islice(inputs, len(group)))
-            group_layers, shared = _compress_group(group, plan, recipe, rows, compute_dtype, meter)
-            layers += group_layers
-            installed += shared
+            data.check(mlps, recipe.needs_loss)
+        starts = itertools.accumulate((len(group) for group in groups), initial=0)
+        calibrated = [_Group(group, data, start) for group, start in zip(groups, starts, strict=False)]
+        if recipe.effective_ranking == "model":
+            plans = _allocate(calibrated, plans, recipe)
+        done = [_compress_group(g, plan, recipe, meter) for g, plan in zip(calibrated, plans, strict=True)]
+    finally:
+        if owned is not None:
+            owned.close()
+    layers = [layer for group_layers, _ in done for layer in group_layers]
+    installed = [mlp for _, shared in done for mlp in shared]
 
     mlp_dense, mlp_now = sum(p.shape.dense_bytes for p in plans), budget.mlp_bytes(installed)
     other_linear = describe(model)["block_linear_bytes"]
@@ -102,7 +104,7 @@ def compress(
         linear_ratio=(mlp_now + other_linear) / (mlp_dense + other_linear),
         model_ratio=_model_bytes(model) / dense_bytes,
         macs_ratio=sum(budget.mlp_macs(mlp) for mlp in installed) / dense_macs,
-        calibration_tokens=tokens,
+        calibration_tokens=0 if data is None else data.tokens,
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(mlps[0].up.weight.device),
     )
@@ -145,7 +147,8 @@ def build(group: list[DenseMLP], factors: Factors, plan: budget.Plan) -> list[Sh
     bases = [SharedBase(base.clone(), factors.identity) for base in factors.bases]
     base_out = bases[1] if len(bases) == 2 else None
     mlps = []
-    for i, (dense, values, masks) in enumerate(zip(group, factors.values, factors.masks, strict=True)):
+    parts = zip(group, factors.values, factors.masks, factors.orders, strict=True)
+    for i, (dense, values, masks, order) in enumerate(parts):
         slices = {
             role: SparseFactor(
                 BlockSparse.from_dense(v, plan.pattern.block, plan.pattern.encoding, masks[role])
@@ -153,7 +156,7 @@ def build(group: list[DenseMLP], factors: Factors, plan: budget.Plan) -> list[Sh
             for role, v in values.items()
         }
         biases = {
-            f"{role}_bias": linear.bias.detach().float().clone()
+            f"{role}_bias": linear.bias.detach().float()[... if role == "down" else order].clone()
             for role, linear in dense.linears().items()
             if linear.bias is not None
         }
@@ -170,40 +173,50 @@ def build(group: list[DenseMLP], factors: Factors, plan: budget.Plan) -> list[Sh
     return mlps
 
 
+@dataclasses.dataclass
+class _Group:
+    """Dense MLPs that will share bases, from number ``first`` of the calibrated ones."""
+
+    mlps: list[DenseMLP]
+    calibration: Calibration | None
+    first: int
+
+    def problems(self, recipe: Recipe) -> list[dict[str, SliceProblem]]:
+        """What the initialiser minimises, per layer."""
+        if self.calibration is None or recipe.init == "svd":
+            return [weight_problems(mlp) for mlp in self.mlps]
+        numbered = enumerate(self.mlps, self.first)
+        return [self.calibration.problems(i, mlp, recipe.sensitivity) for i, mlp in numbered]
+
+
+def _allocate(groups: list[_Group], plans: list[budget.Plan], recipe: Recipe) -> list[budget.Plan]:
+    """Plans of the same total, with what each group stores decided by scores over the whole model."""
+    curves = [
+        ScoreCurve.of(unit_scores(group.problems(recipe), plan, recipe))
+        for group, plan in zip(groups, plans, strict=True)
+    ]
+    return allocate(plans, curves, [plan.least_count for plan in plans])
+
+
 def _compress_group(
-    group: list[DenseMLP],
-    plan: budget.Plan,
-    recipe: Recipe,
-    inputs: list[Tensor],
-    compute_dtype: torch.dtype,
-    meter: _Meter,
+    group: _Group, plan: budget.Plan, recipe: Recipe, meter: _Meter
 ) -> tuple[list[LayerReport], list[SharedMLP]]:
     start = time.perf_counter()
-    device, dtype = group[0].up.weight.device, group[0].up.weight.dtype
-    tokens = inputs[0].shape[0]
-    layer_data: list[LayerData] = []
-    problems = []
-    held_out = held_out_rows(tokens) if tokens > 1 else tokens
-    for mlp, x in zip(group, inputs, strict=True):
-        if tokens == 0:
-            problems.append(weight_problems(mlp))
-            continue
-        seen = observe(mlp, x, compute_dtype, held_out)
-        problems.append(seen.problems if recipe.init == "whitened" else weight_problems(mlp))
-        layer_data.append(LayerData(mlp.name, x, seen.targets, seen.weights, seen.power, held_out))
-    shared = build(group, factorise(problems, plan, recipe), plan)
-    del problems
+    weight = group.mlps[0].up.weight
+    shared = build(group.mlps, factorise(group.problems(recipe), plan, recipe), plan)
     meter.advance()
-    before = after = [None] * len(group)
-    if layer_data:
-        before, after = train_group(shared, layer_data, recipe, compute_dtype, meter.advance)
-    for dense, mlp in zip(group, shared, strict=True):
-        dense.install(mlp.to(device, dtype))
-    seconds = (time.perf_counter() - start) / len(group)
-    dense_bytes = plan.shape.dense_bytes // len(group)
+    before = after = [None] * len(shared)
+    if group.calibration is not None:
+        data = [group.calibration.layer_data(group.first + i) for i in range(len(shared))]
+        dtype = group.calibration.compute_dtype
+        before, after = train_group(shared, data, recipe, dtype, meter.advance)
+    for dense, mlp in zip(group.mlps, shared, strict=True):
+        dense.install(mlp.to(weight.device, weight.dtype))
+    seconds = (time.perf_counter() - start) / len(shared)
+    dense_bytes = plan.shape.dense_bytes // len(shared)
     rows = [
         LayerReport(dense.name, dense_bytes, budget.mlp_bytes([mlp]), b, a, seconds)
-        for dense, mlp, b, a in zip(group, shared, before, after, strict=True)
+        for dense, mlp, b, a in zip(group.mlps, shared, before, after, strict=True)
     ]
     return rows, shared
 

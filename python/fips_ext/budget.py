@@ -108,6 +108,16 @@ class Plan:
         values = self.count * _unit_values(self.pattern)
         return values / max(1, self.rows * self.shape.columns)
 
+    @property
+    def least_count(self) -> int:
+        """The fewest units that leave no column of the grid empty on average."""
+        return _least_count(self.pattern, self.shape, self.rows)
+
+    def with_count(self, count: int) -> Plan:
+        """The same plan with another number of stored units."""
+        nbytes = self.nbytes + (count - self.count) * _unit_bytes(self.pattern, self.shape)
+        return dataclasses.replace(self, count=count, nbytes=nbytes)
+
 
 def solve(recipe: Recipe, shape: GroupShape) -> Plan:
     """The plan of a group that meets ``recipe.ratio`` exactly or below, never above.
@@ -200,14 +210,17 @@ def _spend(recipe: Recipe, shape: GroupShape, rank: int, budget: int) -> Plan | 
 
 def _least_bytes(recipe: Recipe, shape: GroupShape, rank: int) -> int:
     """Bytes of the sparsest plan that is not degenerate; ``dense`` has no choice."""
-    pattern = recipe.parsed_pattern
-    _, block_columns = grid_shape(_rows(recipe, shape, rank), shape.hidden, pattern.block)
-    least = {
+    least = _least_count(recipe.parsed_pattern, shape, _rows(recipe, shape, rank))
+    return sum(_fixed(recipe, shape, rank)) + least * _unit_bytes(recipe.parsed_pattern, shape)
+
+
+def _least_count(pattern: Pattern, shape: GroupShape, rows: int) -> int:
+    block_rows, block_columns = grid_shape(rows, shape.hidden, pattern.block)
+    return {
         "bitmap": shape.columns,
         "block": shape.slices * block_columns,
-        "dense": _most(recipe, shape, rank),
+        "dense": shape.slices * block_rows * block_columns,
     }[pattern.kind]
-    return sum(_fixed(recipe, shape, rank)) + least * _unit_bytes(pattern, shape)
 
 
 def _most(recipe: Recipe, shape: GroupShape, rank: int) -> int:

@@ -57,8 +57,11 @@ class Recipe:
         base: ``shared`` = ``U``; ``identity`` = ``I`` (plain pruning); ``both`` = ``[U, I]`` (sparse + low
             rank).
         per_role: one base for the input side (fc1, gate, up) and one for the output side (fc2, down).
-        ranking: entries of V compete inside their ``layer``, so that every layer keeps as many, or inside the
-            whole ``group``, each matrix relative to its outputs.
+        sensitivity: what an error counts: ``loss``, what it adds to the divergence of the model's predictions
+            from the dense model's; or ``output``, its share of the output of its own matrix.
+        ranking: entries of V compete inside their ``layer``, so that every layer keeps as many, inside their
+            ``group``, or inside the whole ``model``. None is ``model`` with ``sensitivity="loss"``, else
+            ``layer``.
         init: ``whitened`` (calibrated) or ``svd`` (data-free).
         refit: ridge refit of the base after masking.
         steps: optimiser steps per group of the joint block-wise training; 0 = closed form only.
@@ -74,7 +77,8 @@ class Recipe:
     rank: int | None = None
     base: Literal["shared", "identity", "both"] = "shared"
     per_role: bool = True
-    ranking: Literal["layer", "group"] = "layer"
+    sensitivity: Literal["loss", "output"] = "loss"
+    ranking: Literal["layer", "group", "model"] | None = None
     init: Literal["whitened", "svd"] = "whitened"
     refit: bool = True
     steps: int = 100
@@ -103,13 +107,24 @@ class Recipe:
             raise InvalidArgument(f"rank: got {self.rank!r}; expected None or a positive integer")
         for name, allowed in (
             ("base", ("shared", "identity", "both")),
-            ("ranking", ("layer", "group")),
+            ("sensitivity", ("loss", "output")),
+            ("ranking", ("layer", "group", "model", None)),
             ("init", ("whitened", "svd")),
         ):
             if getattr(self, name) not in allowed:
                 raise InvalidArgument(f"{name}: got {getattr(self, name)!r}; allowed are {allowed}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise InvalidArgument(f"learning_rate: got {self.learning_rate!r}; expected a positive number")
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether the initialiser looks at the predictions of the whole model."""
+        return self.init == "whitened" and self.sensitivity == "loss"
+
+    @property
+    def effective_ranking(self) -> Literal["layer", "group", "model"]:
+        """``ranking``, or what None stands for."""
+        return self.ranking or ("model" if self.needs_loss else "layer")
 
     @property
     def parsed_pattern(self) -> Pattern:

@@ -27,8 +27,9 @@ def layers_of_a_group() -> list[dict]:
 
 def group_error(layers: list[dict], factors: Factors) -> float:
     total = 0.0
-    for problems, values in zip(layers, factors.values, strict=True):
+    for problems, values, order in zip(layers, factors.values, factors.orders, strict=True):
         for role, problem in problems.items():
+            problem = problem.permuted(order)
             base = factors.bases[-1 if role == "down" else 0]
             rank = base.shape[1]
             product = base @ values[role][:rank]
@@ -97,6 +98,26 @@ def test_refit_helps() -> None:
         recipe = Recipe(ratio=0.6, pattern="bitmap:16x16", refit=refit)
         errors[refit] = group_error(layers, factorise(layers, solve(recipe, SHAPE), recipe))
     assert errors[True] < errors[False]
+
+
+@pytest.mark.parametrize("base", ["shared", "identity"])
+def test_sorted_neurons_make_better_blocks(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = layers_of_a_group()
+    for layer in layers:
+        importance = torch.randn(HIDDEN).mul(1.5).exp()
+        for problem in layer.values():
+            problem.columns = problem.columns * importance
+    rank, ratio = (WIDTH, 0.85) if base == "shared" else (None, 0.6)
+    recipe = Recipe(ratio=ratio, pattern="block:16x16", base=base, rank=rank)
+    plan = solve(recipe, SHAPE)
+    assert plan.density < 0.7
+    factors = factorise(layers, plan, recipe)
+    assert all(torch.equal(order.sort().values, torch.arange(HIDDEN)) for order in factors.orders)
+    monkeypatch.setattr(
+        start._Group, "sort_neurons", lambda self, roles: [torch.arange(HIDDEN) for _ in range(LAYERS)]
+    )
+    unsorted = factorise(layers, plan, recipe)
+    assert group_error(layers, factors) < 0.8 * group_error(layers, unsorted)
 
 
 def test_rotation_helps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ import torch
 from fips_ext import Recipe, functional, reference
 from fips_ext.errors import NumericalError
 from fips_ext.surgery import find_mlps
-from fips_ext.train import LayerData, observe, train_group
+from fips_ext.train import LayerData, train_group
 from fips_ext.train.loop import cast_arguments, relative_error
 
-from ..tiny_models import build, shared_from_dense
+from ..tiny_models import build, observe, shared_from_dense
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 

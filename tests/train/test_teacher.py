@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from fips_ext.errors import NumericalError
 from fips_ext.reference import ACTIVATIONS
 from fips_ext.surgery import DenseMLP, find_mlps
-from fips_ext.train import check_weights, observe, weight_problems
+from fips_ext.train import check_weights, weight_problems
 from fips_ext.train.teacher import OUTLIER
 
-from ..tiny_models import build
+from ..tiny_models import build, observe
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 

@@ -28,7 +28,7 @@ def saliency(v: Tensor, base_energy: Tensor, columns: Tensor) -> Tensor:
 
 def base_energy(problem: SliceProblem, base: Tensor, identity: bool) -> Tensor:
     """``‖S u_k‖²`` of every base vector, those of the identity part last: ``[rows]``."""
-    energy = (base * problem.apply_metric(base)).sum(0)
+    energy = (base * problem.apply_metric(base)).sum(0).clamp_min(0)  # of a singular metric: rounding
     if not identity:
         return energy
     diagonal = torch.ones_like(problem.weight[:, 0]) if problem.metric is None else problem.metric.diagonal()
@@ -56,18 +56,23 @@ def select(scores: list[Tensor], count: int, pattern: Pattern) -> list[Tensor]:
     Returns:
         one bool ``[rows, n]`` per slice.
     """
-    if pattern.kind == "bitmap":
-        kept = largest(torch.cat([s.flatten() for s in scores]), count)
-        parts = kept.split([s.numel() for s in scores])
-        return [part.view(s.shape) for part, s in zip(parts, scores, strict=True)]
-    grids = [to_blocks(s, pattern.block).sum((-2, -1)) for s in scores]
+    grids = [units(s, pattern) for s in scores]
     kept = largest(torch.cat([g.flatten() for g in grids]), count)
-    masks = []
-    for part, grid, score in zip(kept.split([g.numel() for g in grids]), grids, scores, strict=True):
-        bk, bn = pattern.block
-        tiles = part.view(grid.shape)[..., None, None].expand(*grid.shape, bn, bk)
-        masks.append(from_blocks(tiles, *score.shape))
-    return masks
+    parts = [
+        part.view(g.shape) for part, g in zip(kept.split([g.numel() for g in grids]), grids, strict=True)
+    ]
+    if pattern.kind == "bitmap":
+        return parts
+    bk, bn = pattern.block
+    return [
+        from_blocks(part[..., None, None].expand(*part.shape, bn, bk), *score.shape)
+        for part, score in zip(parts, scores, strict=True)
+    ]
+
+
+def units(scores: Tensor, pattern: Pattern) -> Tensor:
+    """The score of every unit that is kept or dropped as a whole: an entry, or a block (the sum over it)."""
+    return scores if pattern.kind == "bitmap" else to_blocks(scores, pattern.block).sum((-2, -1))
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

@@ -35,6 +35,10 @@ class SliceProblem:
             return dataclasses.replace(self, metric=None, columns=torch.zeros_like(self.columns))
         return dataclasses.replace(self, metric=self.metric / scale, columns=self.columns * scale.sqrt())
 
+    def permuted(self, order: Tensor) -> SliceProblem:
+        """The same problem with its columns in another order."""
+        return dataclasses.replace(self, weight=self.weight[:, order], columns=self.columns[order])
+
     def apply_metric(self, matrix: Tensor) -> Tensor:
         """``SᵀS · matrix``."""
         return matrix if self.metric is None else self.metric @ matrix

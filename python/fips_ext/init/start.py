@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..budget import Plan
 from ..recipe import Recipe
-from .mask import base_energy, saliency, select_in_pools
+from .mask import base_energy, saliency, select_in_pools, units
 from .problem import SliceProblem
 from .refit import refit_base, refit_values
 from .rotate import rotate
@@ -28,12 +28,14 @@ class Factors:
         bases: ``U [d, r]``, one, or one for the input and one for the output side.
         identity: whether the bases read ``[U, I]``.
         values, masks: per layer and role ``[rows, n]``; values are zero outside their mask.
+        orders: per layer, which hidden neuron each column is ``[n]``.
     """
 
     bases: list[Tensor]
     identity: bool
     values: list[dict[str, Tensor]]
     masks: list[dict[str, Tensor]]
+    orders: list[Tensor]
 
 
 def factorise(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe) -> Factors:
@@ -45,16 +47,9 @@ def factorise(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe)
         recipe: pattern, kind of base, refit.
     """
     keys = [(i, role) for i, layer in enumerate(layers) for role in layer]
-    slices = [layers[i][role].normalised() for i, role in keys]
-    num_bases = 2 if plan.bases == 2 else 1
-    base_of = [num_bases - 1 if role == "down" else 0 for _, role in keys]
-    # Entries compete among this many slices.
-    pool = len(layers[0]) if recipe.ranking == "layer" else len(slices)
-    group = _Group(slices, base_of, num_bases, pool, plan)
-
-    bases, values = group.low_rank(_ROTATIONS if recipe.base == "shared" else 0)
-    if plan.identity:
-        values = [torch.cat([v, s.weight - bases[b] @ v]) for s, v, b in group.zip(values)]
+    group = _Group.of(layers, plan, recipe)
+    orders = group.sort_neurons(len(layers[0]))
+    bases, values = group.start(_ROTATIONS if recipe.base == "shared" else 0)
     candidates = [group.masks(bases, values)]
     if plan.identity and plan.rank > 0:
         # The two parts overlap, so a score of one entry alone says little about them together: try both.
@@ -65,7 +60,15 @@ def factorise(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe)
     per_layer: list[tuple[dict, dict]] = [({}, {}) for _ in layers]
     for (i, role), v, mask in zip(keys, values, masks, strict=True):
         per_layer[i][0][role], per_layer[i][1][role] = v, mask
-    return Factors(bases, plan.identity, [v for v, _ in per_layer], [m for _, m in per_layer])
+    return Factors(bases, plan.identity, [v for v, _ in per_layer], [m for _, m in per_layer], orders)
+
+
+def unit_scores(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe) -> list[Tensor]:
+    """What dropping each unit of a group adds to its error, one tensor per slice; see :func:`factorise`."""
+    group = _Group.of(layers, plan, recipe)
+    group.sort_neurons(len(layers[0]))
+    scores = group.scores(*group.start(0))
+    return [units(score, plan.pattern) for score in scores]
 
 
 @dataclasses.dataclass
@@ -83,6 +86,43 @@ class _Group:
     num_bases: int
     pool: int
     plan: Plan
+
+    @classmethod
+    def of(cls, layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe) -> _Group:
+        slices = [problem.normalised() for layer in layers for problem in layer.values()]
+        num_bases = 2 if plan.bases == 2 else 1
+        base_of = [num_bases - 1 if role == "down" else 0 for layer in layers for role in layer]
+        pool = len(layers[0]) if recipe.effective_ranking == "layer" else len(slices)
+        return cls(slices, base_of, num_bases, pool, plan)
+
+    def sort_neurons(self, roles: int) -> list[Tensor]:
+        """Order the hidden neurons of each layer by importance; returns the orders.
+
+        Which neuron is which column is arbitrary, as long as all slices of a layer agree. Sorted, columns of
+        similar importance share blocks, and blocks differ more from each other: more of the error is in few
+        of them. Entries on their own are not helped.
+        """
+        hidden = self.plan.shape.hidden
+        layers = range(0, len(self.slices), roles)
+        if self.plan.pattern.kind != "block":
+            return [torch.arange(hidden) for _ in layers]
+        scores = self.scores(*self.start(0))
+        orders = []
+        for first in layers:
+            members = slice(first, first + roles)
+            order = (
+                torch.stack([s.sum(0) for s in scores[members]]).sum(0).argsort(descending=True, stable=True)
+            )
+            self.slices[members] = [s.permuted(order) for s in self.slices[members]]
+            orders.append(order)
+        return orders
+
+    def start(self, rotations: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Bases and the values of every slot, before anything is dropped."""
+        bases, values = self.low_rank(rotations)
+        if self.plan.identity:
+            values = [torch.cat([v, s.weight - bases[b] @ v]) for s, v, b in self.zip(values)]
+        return bases, values
 
     def zip(self, tensors: list[Tensor]):
         return zip(self.slices, tensors, self.base_of, strict=True)
@@ -124,13 +164,18 @@ class _Group:
         return [torch.cat(self.of_base(b, kept), 1) for b in range(self.num_bases)]
 
     def masks(self, bases: list[Tensor], values: list[Tensor], keep_base_rows: bool = False) -> list[Tensor]:
-        scores = []
-        for problem, v, b in self.zip(values):
-            score = saliency(v, base_energy(problem, bases[b], self.plan.identity), problem.columns)
-            if keep_base_rows:
+        scores = self.scores(bases, values)
+        if keep_base_rows:
+            for score in scores:
                 score[: self.plan.rank] = torch.finfo(score.dtype).max / score.numel()
-            scores.append(score)
         return self._select(scores)
+
+    def scores(self, bases: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+        """What dropping each slot alone adds to the error."""
+        return [
+            saliency(v, base_energy(problem, bases[b], self.plan.identity), problem.columns)
+            for problem, v, b in self.zip(values)
+        ]
 
     def _select(self, scores: list[Tensor]) -> list[Tensor]:
         pools = [scores[i : i + self.pool] for i in range(0, len(scores), self.pool)]

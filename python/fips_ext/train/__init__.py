@@ -1,13 +1,19 @@
 """Block-wise training against the dense model's activations."""
 
 from .activations import ActivationStore, collect, held_out_rows
+from .calibration import Calibration, calibrate
 from .loop import LayerData, train_group
+from .sensitivity import Sensitivity, SensitivityMeter
 from .teacher import Observation, check_weights, observe, weight_problems
 
 __all__ = [
     "ActivationStore",
+    "Calibration",
     "LayerData",
     "Observation",
+    "Sensitivity",
+    "SensitivityMeter",
+    "calibrate",
     "check_weights",
     "collect",
     "held_out_rows",

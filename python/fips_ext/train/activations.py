@@ -13,44 +13,52 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgument, NumericalError
 from ..surgery import DenseMLP
+from .sensitivity import SensitivityMeter
+
+_METERED_SHARE = 0.25  # of the tokens: a backward pass costs twice a forward pass
 
 HOST_LIMIT = 4 * 2**30
 """Bytes of activations above which they go to a temporary file instead of memory."""
 
 
 class ActivationStore:
-    """The inputs of each MLP, ``[tokens, d]`` each, on the host or mapped from a temporary file.
+    """Inputs and targets of each MLP, ``[tokens, d]`` each, on the host or mapped from a temporary file.
 
-    Use it as a context manager: leaving it deletes the file.
+    Use it as a context manager, or call :meth:`close`: that deletes the file.
 
     Args:
         widths: ``d`` of each MLP.
         tokens: rows to hold of each.
         dtype: of the activations.
-        limit: bytes to hold in memory.
+        limit: bytes to hold in memory, default :data:`HOST_LIMIT`.
     """
 
-    def __init__(self, widths: list[int], tokens: int, dtype: torch.dtype, limit: int = HOST_LIMIT) -> None:
+    def __init__(self, widths: list[int], tokens: int, dtype: torch.dtype, limit: int | None = None) -> None:
         self.tokens = tokens
         self.filled = [0] * len(widths)
         self._folder: tempfile.TemporaryDirectory | None = None
-        total = sum(widths) * tokens
-        if total * dtype.itemsize > limit:
+        total = 2 * sum(widths) * tokens
+        if total * dtype.itemsize > (HOST_LIMIT if limit is None else limit):
             self._folder = tempfile.TemporaryDirectory(prefix="fips-activations-")
-            path = Path(self._folder.name) / "inputs"
+            path = Path(self._folder.name) / "activations"
             flat = torch.from_file(str(path), shared=True, size=total, dtype=dtype)
         else:
             flat = torch.empty(total, dtype=dtype)
-        self.inputs = [
+        parts = [
             part.view(tokens, width)
-            for part, width in zip(flat.split([w * tokens for w in widths]), widths, strict=True)
+            for part, width in zip(flat.split([w * tokens for w in 2 * widths]), 2 * widths, strict=True)
         ]
+        self.inputs, self.targets = parts[: len(widths)], parts[len(widths) :]
 
     def __enter__(self) -> ActivationStore:
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.inputs.clear()
+        self.targets.clear()
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -78,6 +86,7 @@ def collect(
     data: Iterable[Any],
     store: ActivationStore,
     progress: Callable[[int, int], None] | None = None,
+    meter: SensitivityMeter | None = None,
 ) -> None:
     """Run ``model`` over ``data`` until the store is full.
 
@@ -85,6 +94,7 @@ def collect(
         data: model inputs: a tensor (the first argument) or a mapping of keyword arguments, whose
             ``attention_mask [B, T]``, where present, marks padding that is left out.
         progress: called with (tokens, tokens needed).
+        meter: gets the gradients of the first batches, a quarter of the tokens.
 
     Raises:
         InvalidArgument: ``data`` ends too early, or is no iterable of tensors or mappings.
@@ -115,22 +125,31 @@ def collect(
         for i, mlp in enumerate(mlps)
     ]
     modes = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     try:
-        with torch.no_grad():
-            for batch in data:
-                args, kwargs = _arguments(batch, device)
-                attention = _token_mask(kwargs)
-                model(*args, **kwargs)
-                if progress is not None:
-                    progress(store.found, store.tokens)
-                if store.found >= store.tokens:
-                    return
+        for parameter in trained:
+            parameter.requires_grad_(False)  # gradients of activations are wanted, none of weights
+        for batch in data:
+            args, kwargs = _arguments(batch, device)
+            attention = _token_mask(kwargs)
+            if meter is not None and store.found < _METERED_SHARE * store.tokens:
+                with torch.enable_grad(), meter.attached():
+                    meter.backward(model(*args, **kwargs), attention)
+            else:
+                with torch.no_grad():
+                    model(*args, **kwargs)
+            if progress is not None:
+                progress(store.found, store.tokens)
+            if store.found >= store.tokens:
+                return
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
     raise InvalidArgument(
         f"data: {store.found} tokens found, {store.tokens} needed; give more calibration data or lower "
         "calibration_tokens"

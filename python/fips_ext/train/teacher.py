@@ -11,8 +11,10 @@ from ..errors import NumericalError
 from ..init import SliceProblem
 from ..reference import ACTIVATIONS
 from ..surgery import DenseMLP
+from .sensitivity import Sensitivity
 
 _CHUNK = 2048
+_DAMPING = 1e-3
 
 OUTLIER = 10.0
 """A token of more than this times the median ``‖y‖²`` counts as one of that power."""
@@ -20,19 +22,41 @@ OUTLIER = 10.0
 
 @dataclasses.dataclass
 class Observation:
-    """One dense MLP on the calibration tokens.
+    """One dense MLP on the calibration tokens; means over the training rows, by :func:`token_weights`.
 
     Attributes:
-        targets: its outputs ``[tokens, d]`` on the host, in the dtype of the inputs.
         weights: what each token counts ``[tokens]``, float32, see :func:`token_weights`.
-        power: weighted mean of ``‖y‖²`` over the training rows.
-        problems: what an initialiser minimises for each role.
+        power: mean of ``‖y‖²``.
+        metric: ``E[x xᵀ] [d, d]`` of its inputs, float32.
+        energy: ``E[h_j²] [n]`` of its hidden activations, float32.
     """
 
-    targets: Tensor
     weights: Tensor
     power: float
-    problems: dict[str, SliceProblem]
+    metric: Tensor
+    energy: Tensor
+
+    def problems(self, mlp: DenseMLP, sensitivity: Sensitivity | None = None) -> dict[str, SliceProblem]:
+        """What an initialiser minimises for each role of ``mlp``.
+
+        The error of up and gate counts in the metric of the inputs, that of column ``j`` of down with
+        ``E[h_j²]``. With a ``sensitivity`` ``g`` they are weighted further, by ``E[g_j²]`` of their column
+        and in the metric ``E[g gᵀ]`` of the output: half of each error is then in nats, with gradients and
+        activations taken as independent (as in K-FAC, Martens and Grosse 2015). Without one they are relative
+        to the energy of the outputs of their own matrix.
+        """
+        if sensitivity is None:
+            problems = {}
+            for role, weight in oriented_weights(mlp).items():
+                columns = self.energy.sqrt() if role == "down" else torch.ones_like(self.energy)
+                problems[role] = _relative(weight, None if role == "down" else self.metric, columns)
+            return problems
+        metrics = {"up": self.metric, "gate": self.metric, "down": _damped(sensitivity.output).float()}
+        columns = {"up": sensitivity.up, "gate": sensitivity.gate, "down": self.energy}
+        return {
+            role: SliceProblem(weight, metrics[role], columns[role].sqrt().float())
+            for role, weight in oriented_weights(mlp).items()
+        }
 
 
 def check_weights(mlp: DenseMLP) -> None:
@@ -46,15 +70,14 @@ def check_weights(mlp: DenseMLP) -> None:
 
 
 @torch.no_grad()
-def observe(mlp: DenseMLP, inputs: Tensor, compute_dtype: torch.dtype, held_out: int = 0) -> Observation:
+def observe(
+    mlp: DenseMLP, inputs: Tensor, targets: Tensor, compute_dtype: torch.dtype, held_out: int = 0
+) -> Observation:
     """Run the dense MLP over its calibration inputs.
-
-    The error of up and gate counts in the metric ``E[x xᵀ]``, that of column ``j`` of down with ``E[h_j²]``,
-    each relative to the energy of the outputs of its matrix. Means are over the training rows, by
-    :func:`token_weights`.
 
     Args:
         inputs: ``[tokens, d]`` on the host.
+        targets: gets the outputs, ``[tokens, d]`` on the host.
         held_out: trailing rows that only get targets and weights.
         compute_dtype: of the matrix products; sums are taken in float32 or better.
 
@@ -67,7 +90,7 @@ def observe(mlp: DenseMLP, inputs: Tensor, compute_dtype: torch.dtype, held_out:
     low = {role: weight.to(compute_dtype) for role, weight in weights.items()}
     metric = torch.zeros(width, width, dtype=torch.float64, device=device)
     moment = torch.zeros(hidden, dtype=torch.float64, device=device)  # E[h_j²]
-    targets, token_weight = torch.empty_like(inputs), torch.empty(inputs.shape[0])
+    token_weight = torch.empty(inputs.shape[0])
     counted = inputs.shape[0] - held_out
     power = 0.0
     limit = None
@@ -103,14 +126,13 @@ def observe(mlp: DenseMLP, inputs: Tensor, compute_dtype: torch.dtype, held_out:
             f"{mlp.name}: NaN or Inf in its activations on the calibration data; check the inputs, or load "
             "the model in bfloat16 or float32"
         )
-    power /= tokens
-    problems = {
-        role: _relative(weight, None, (moment / tokens).sqrt().float())
-        if role == "down"
-        else _relative(weight.t(), (metric / tokens).float(), torch.ones(hidden, device=device))
-        for role, weight in weights.items()
-    }
-    return Observation(targets, token_weight, power, problems)
+    return Observation(token_weight, power / tokens, (metric / tokens).float(), (moment / tokens).float())
+
+
+def _damped(metric: Tensor) -> Tensor:
+    """With a little of its mean eigenvalue everywhere: sampled gradients miss directions."""
+    floor = _DAMPING * metric.diagonal().mean()
+    return metric + floor * torch.eye(metric.shape[0], dtype=metric.dtype, device=metric.device)
 
 
 def token_weights(powers: Tensor, limit: Tensor) -> Tensor:
@@ -128,17 +150,21 @@ def token_weights(powers: Tensor, limit: Tensor) -> Tensor:
 
 def weight_problems(mlp: DenseMLP) -> dict[str, SliceProblem]:
     """The data-free problem: every matrix by the relative error of its weights."""
-    problems = {}
-    for role, linear in mlp.linears().items():
-        weight = linear.weight.detach()
-        columns = torch.ones(mlp.hidden, device=weight.device)
-        problems[role] = _relative(weight if role == "down" else weight.t(), None, columns)
-    return problems
+    return {
+        role: _relative(weight, None, torch.ones(mlp.hidden, device=weight.device))
+        for role, weight in oriented_weights(mlp).items()
+    }
+
+
+def oriented_weights(mlp: DenseMLP) -> dict[str, Tensor]:
+    """``W [d, n]`` of each role, float32: transposed for up and gate."""
+    weights = {role: linear.weight.detach() for role, linear in mlp.linears().items()}
+    return {role: (w if role == "down" else w.t()).float().contiguous() for role, w in weights.items()}
 
 
 def _relative(weight: Tensor, metric: Tensor | None, columns: Tensor) -> SliceProblem:
     """The problem in units of its own size: dropping all of ``weight [d, n]`` is an error of 1."""
-    problem = SliceProblem(weight.float().contiguous(), metric, columns)
+    problem = SliceProblem(weight, metric, columns)
     energy = problem.error(torch.zeros_like(problem.weight))
     scale = max(energy, torch.finfo(torch.float32).tiny) ** -0.5
     return dataclasses.replace(problem, columns=columns * scale)

@@ -1,0 +1,134 @@
+"""What a model does on calibration data, seen once and used by any number of compressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InvalidArgument
+from ..init import SliceProblem
+from ..surgery import DenseMLP, find_mlps
+from .activations import ActivationStore, collect, held_out_rows
+from .loop import LayerData
+from .sensitivity import Sensitivity, SensitivityMeter
+from .teacher import Observation, check_weights, observe
+
+
+class Calibration:
+    """Inputs, outputs and sensitivities of every MLP of a dense model; made by :func:`calibrate`.
+
+    Use it as a context manager, or call :meth:`close`: large ones lie in a temporary file.
+
+    Attributes:
+        names: of the MLPs, in model order.
+        tokens: rows of each MLP.
+        compute_dtype: of matrix products.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        store: ActivationStore,
+        observations: list[Observation],
+        sensitivities: list[Sensitivity] | None,
+        held_out: int,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self.names, self.tokens, self.compute_dtype = names, store.tokens, compute_dtype
+        self._store, self._observations, self._sensitivities = store, observations, sensitivities
+        self._held_out = held_out
+
+    def __enter__(self) -> Calibration:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._store.close()
+        self._observations.clear()
+
+    def check(self, mlps: list[DenseMLP], needs_loss: bool) -> None:
+        """Raise ``InvalidArgument`` unless this is of ``mlps``, and holds what a recipe needs."""
+        if not self._observations:
+            raise InvalidArgument("data: the Calibration is closed; call calibrate again")
+        if self.names != [mlp.name for mlp in mlps]:
+            raise InvalidArgument(
+                "data: the Calibration is of a model with other MLPs; call calibrate on this one"
+            )
+        if needs_loss and self._sensitivities is None:
+            raise InvalidArgument(
+                "data: the Calibration was made with loss=False, but the recipe has sensitivity='loss'; "
+                "make it with loss=True, or use sensitivity='output'"
+            )
+
+    def problems(self, index: int, mlp: DenseMLP, sensitivity: str) -> dict[str, SliceProblem]:
+        """What an initialiser minimises for each role of the MLP ``index``; see ``Recipe.sensitivity``."""
+        known = self._sensitivities[index] if sensitivity == "loss" and self._sensitivities else None
+        return self._observations[index].problems(mlp, known)
+
+    def layer_data(self, index: int) -> LayerData:
+        """What the MLP ``index`` trains and is measured on."""
+        seen = self._observations[index]
+        return LayerData(
+            self.names[index],
+            self._store.inputs[index],
+            self._store.targets[index],
+            seen.weights,
+            seen.power,
+            self._held_out,
+        )
+
+
+def calibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    tokens: int,
+    *,
+    loss: bool = True,
+    seed: int = 0,
+    compute_dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Run a dense model over calibration data once, for one or more calls of :func:`fips_ext.compress`.
+
+    Args:
+        model: any model whose MLPs :func:`fips_ext.surgery.find_mlps` knows; it is not changed.
+        data: model inputs: ids or pixel tensors, or dicts of keyword arguments.
+        tokens: how many to take.
+        loss: measure what errors cost in the model's predictions, by backward passes over the first quarter
+            of the tokens; needed by ``Recipe(sensitivity="loss")``.
+        seed: of the sampled predictions.
+        compute_dtype: of matrix products; default bfloat16 for a model in a half precision, else float32.
+        progress: called with (tokens, tokens needed).
+
+    Raises:
+        SurgeryError: no MLP was found.
+        InvalidArgument: too little data, or none that the model takes.
+        NumericalError: NaN or Inf in weights or activations.
+    """
+    mlps = find_mlps(model)
+    for mlp in mlps:
+        check_weights(mlp)
+    dtype = mlps[0].up.weight.dtype
+    if compute_dtype is None:
+        compute_dtype = torch.bfloat16 if dtype.itemsize == 2 else torch.float32
+    store = ActivationStore([mlp.width for mlp in mlps], tokens, dtype)
+    try:
+        meter = SensitivityMeter(mlps, seed) if loss else None
+        collect(model, mlps, data, store, progress, meter)
+        held_out = held_out_rows(tokens) if tokens > 1 else tokens
+        observations = [
+            observe(mlp, inputs, targets, compute_dtype, held_out)
+            for mlp, inputs, targets in zip(mlps, store.inputs, store.targets, strict=True)
+        ]
+    except BaseException:
+        store.close()
+        raise
+    sensitivities = None if meter is None else meter.result()
+    return Calibration(
+        [mlp.name for mlp in mlps], store, observations, sensitivities, held_out, compute_dtype
+    )

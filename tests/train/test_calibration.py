@@ -1,0 +1,96 @@
+"""calibrate: one pass over the data, used by any number of compressions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fips_ext import Recipe, calibrate, compress
+from fips_ext.errors import InvalidArgument, NumericalError
+from fips_ext.surgery import find_mlps
+
+from ..tiny_models import CASES, build
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+TOKENS = 96
+
+
+def recipe(**fields) -> Recipe:
+    small = {"pattern": "bitmap:16x16", "group_size": 2, "steps": 4, "tokens_per_step": 32}
+    return Recipe(**{"ratio": 0.8, "calibration_tokens": TOKENS, **small, **fields})
+
+
+@pytest.mark.parametrize("sensitivity", ["loss", "output"])
+def test_compresses_like_the_data_itself(sensitivity: str) -> None:
+    states = []
+    for reused in (False, True):
+        torch.manual_seed(0)
+        model, x = build("llama")
+        if reused:
+            with calibrate(model, [x] * 8, TOKENS) as calibration:
+                compress(model, recipe(sensitivity=sensitivity), calibration)
+        else:
+            compress(model, recipe(sensitivity=sensitivity), [x] * 8)
+        states.append(model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+
+
+def test_serves_several_compressions_of_copies() -> None:
+    torch.manual_seed(0)
+    first, x = build("vit")
+    torch.manual_seed(0)
+    second, _ = build("vit")
+    with calibrate(first, [x] * 8, TOKENS) as calibration:
+        high = compress(first, recipe(ratio=0.9), calibration)
+        low = compress(second, recipe(ratio=0.6), calibration)
+    assert low.mlp_ratio <= 0.6 < high.mlp_ratio <= 0.9
+    assert sum(layer.error_after for layer in high.layers) < sum(layer.error_after for layer in low.layers)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sees_every_mlp(name: str) -> None:
+    model, x = build(name)
+    mlps = find_mlps(model)
+    with calibrate(model, [x] * 8, 64) as calibration:
+        assert calibration.names == [mlp.name for mlp in mlps]
+        for i, mlp in enumerate(mlps):
+            data = calibration.layer_data(i)
+            assert data.inputs.shape == data.targets.shape == (64, mlp.width)
+            assert data.power > 0
+            for kind in ("loss", "output"):
+                problems = calibration.problems(i, mlp, kind)
+                assert problems.keys() == mlp.linears().keys()
+                nothing = [p.error(torch.zeros_like(p.weight)) for p in problems.values()]
+                assert all(error > 0 for error in nothing)
+
+
+def test_refuses_what_it_does_not_fit() -> None:
+    model, x = build("llama")
+    other, _ = build("vit")
+    with calibrate(model, [x] * 8, TOKENS, loss=False) as calibration:
+        with pytest.raises(InvalidArgument, match="loss=True"):
+            compress(model, recipe(), calibration)
+        with pytest.raises(InvalidArgument, match="other MLPs"):
+            compress(other, recipe(sensitivity="output"), calibration)
+        compress(model, recipe(sensitivity="output"), calibration)
+    with pytest.raises(InvalidArgument, match="closed"):
+        calibration.check(find_mlps(build("llama")[0]), False)
+
+
+def test_a_failure_leaves_no_file_behind(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr("fips_ext.train.activations.HOST_LIMIT", 0)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    model, x = build("llama")
+    with calibrate(model, [x] * 8, TOKENS):
+        assert len(list(tmp_path.iterdir())) == 1
+    assert not list(tmp_path.iterdir())
+    with torch.no_grad():
+        find_mlps(model)[1].down.weight[0, 0] = float("nan")
+    with pytest.raises(NumericalError):
+        calibrate(model, [x] * 8, TOKENS)
+    with pytest.raises(InvalidArgument):
+        calibrate(build("llama")[0], [x], 10_000)
+    assert not list(tmp_path.iterdir())
