@@ -22,9 +22,10 @@ from .nn import SharedBase, SharedMLP, SparseFactor
 from .recipe import Recipe
 from .report import LayerReport, Report
 from .surgery import DenseMLP, find_mlps
-from .train import Calibration, calibrate, check_weights, train_group, weight_problems
+from .train import Calibration, calibrate, check_weights, distill, train_group, weight_problems
 
 Progress = Callable[[int, int], None]
+_DISTILL_WORK = 2  # steps of every group that one of the whole model takes as long as
 
 
 def compress(
@@ -67,9 +68,9 @@ def compress(
     if mlps[0].up.weight.is_cuda:
         torch.cuda.reset_peak_memory_stats(mlps[0].up.weight.device)
 
-    needs_data = recipe.init == "whitened" or recipe.steps > 0
+    needs_data = recipe.init == "whitened" or recipe.steps > 0 or recipe.distill_steps > 0
     if needs_data and data is None:
-        raise InvalidArgument("data: None is allowed only with init='svd' and steps=0")
+        raise InvalidArgument("data: None is allowed only with init='svd', steps=0 and distill_steps=0")
     meter = _Meter(progress, len(groups), recipe)
     owned = None
     if data is not None and not isinstance(data, Calibration):
@@ -78,32 +79,51 @@ def compress(
             data,
             recipe.calibration_tokens,
             loss=recipe.needs_loss,
+            keep_batches=recipe.distill_steps > 0,
             seed=recipe.seed,
             compute_dtype=compute_dtype,
             progress=meter.calibrated,
         )
     try:
         if data is not None:
-            data.check(mlps, recipe.needs_loss)
+            data.check(mlps, recipe.needs_loss, recipe.distill_steps > 0)
         starts = itertools.accumulate((len(group) for group in groups), initial=0)
         calibrated = [_Group(group, data, start) for group, start in zip(groups, starts, strict=False)]
         if recipe.effective_ranking == "model":
             plans = _allocate(calibrated, plans, recipe)
-        done = [_compress_group(g, plan, recipe, meter) for g, plan in zip(calibrated, plans, strict=True)]
+        layers: list[_Layer] = []
+        for group, plan in zip(calibrated, plans, strict=True):
+            layers += _compress_group(group, plan, recipe, meter)
+        installed = [layer.shared for layer in layers]
+        divergence = None
+        if recipe.distill_steps > 0:
+            divergence = distill(
+                model,
+                mlps,
+                installed,
+                data.batches,
+                steps=recipe.distill_steps,
+                learning_rate=recipe.distill_learning_rate,
+                compute_dtype=data.compute_dtype,
+                seed=recipe.seed,
+                on_step=meter.distilled,
+            )
+            for mlp, weight in zip(installed, (dense.up.weight for dense in mlps), strict=True):
+                mlp.to(weight.dtype)
     finally:
         if owned is not None:
             owned.close()
-    layers = [layer for group_layers, _ in done for layer in group_layers]
-    installed = [mlp for _, shared in done for mlp in shared]
 
     mlp_dense, mlp_now = sum(p.shape.dense_bytes for p in plans), budget.mlp_bytes(installed)
     other_linear = describe(model)["block_linear_bytes"]
     return Report(
-        layers=layers,
+        layers=[layer.report() for layer in layers],
         mlp_ratio=mlp_now / mlp_dense,
         linear_ratio=(mlp_now + other_linear) / (mlp_dense + other_linear),
         model_ratio=_model_bytes(model) / dense_bytes,
         macs_ratio=sum(budget.mlp_macs(mlp) for mlp in installed) / dense_macs,
+        divergence_before=divergence and divergence[0],
+        divergence_after=divergence and divergence[1],
         calibration_tokens=0 if data is None else data.tokens,
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(mlps[0].up.weight.device),
@@ -189,6 +209,22 @@ class _Group:
         return [self.calibration.problems(i, mlp, recipe.sensitivity) for i, mlp in numbered]
 
 
+@dataclasses.dataclass
+class _Layer:
+    """One compressed MLP; errors as in :class:`LayerReport`."""
+
+    dense: DenseMLP
+    shared: SharedMLP
+    before: float | None
+    after: float | None
+    seconds: float
+
+    def report(self) -> LayerReport:
+        dense = sum(parameter.nbytes for m in self.dense.linears().values() for parameter in m.parameters())
+        now = budget.mlp_bytes([self.shared])
+        return LayerReport(self.dense.name, dense, now, self.before, self.after, self.seconds)
+
+
 def _allocate(groups: list[_Group], plans: list[budget.Plan], recipe: Recipe) -> list[budget.Plan]:
     """Plans of the same total, with what each group stores decided by scores over the whole model."""
     curves = [
@@ -198,9 +234,7 @@ def _allocate(groups: list[_Group], plans: list[budget.Plan], recipe: Recipe) ->
     return allocate(plans, curves, [plan.least_count for plan in plans])
 
 
-def _compress_group(
-    group: _Group, plan: budget.Plan, recipe: Recipe, meter: _Meter
-) -> tuple[list[LayerReport], list[SharedMLP]]:
+def _compress_group(group: _Group, plan: budget.Plan, recipe: Recipe, meter: _Meter) -> list[_Layer]:
     start = time.perf_counter()
     weight = group.mlps[0].up.weight
     shared = build(group.mlps, factorise(group.problems(recipe), plan, recipe), plan)
@@ -211,14 +245,10 @@ def _compress_group(
         dtype = group.calibration.compute_dtype
         before, after = train_group(shared, data, recipe, dtype, meter.advance)
     for dense, mlp in zip(group.mlps, shared, strict=True):
-        dense.install(mlp.to(weight.device, weight.dtype))
+        # Master weights, where another stage follows.
+        dense.install(mlp.to(weight.device, torch.float32 if recipe.distill_steps else weight.dtype))
     seconds = (time.perf_counter() - start) / len(shared)
-    dense_bytes = plan.shape.dense_bytes // len(shared)
-    rows = [
-        LayerReport(dense.name, dense_bytes, budget.mlp_bytes([mlp]), b, a, seconds)
-        for dense, mlp, b, a in zip(group.mlps, shared, before, after, strict=True)
-    ]
-    return rows, shared
+    return [_Layer(*parts, seconds) for parts in zip(group.mlps, shared, before, after, strict=True)]
 
 
 class _Meter:
@@ -226,7 +256,8 @@ class _Meter:
 
     def __init__(self, progress: Progress | None, groups: int, recipe: Recipe) -> None:
         self._progress = progress
-        work = groups * (recipe.steps + 1)
+        self._distill_work = _DISTILL_WORK * groups
+        work = groups * (recipe.steps + 1) + self._distill_work * recipe.distill_steps
         self._calibration = max(1, work // 4)
         self._total = self._calibration + work
         self._done = self._calibration
@@ -235,8 +266,11 @@ class _Meter:
         if self._progress is not None:
             self._progress(self._calibration * found // max(1, needed), self._total)
 
-    def advance(self) -> None:
-        self._done += 1
+    def distilled(self) -> None:
+        self.advance(self._distill_work)
+
+    def advance(self, work: int = 1) -> None:
+        self._done += work
         if self._progress is not None:
             self._progress(self._done, self._total)
 

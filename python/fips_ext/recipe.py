@@ -67,6 +67,9 @@ class Recipe:
         steps: optimiser steps per group of the joint block-wise training; 0 = closed form only.
         tokens_per_step: tokens of each layer in one step.
         learning_rate: relative to the RMS of each tensor.
+        distill_steps: optimiser steps of the last stage, all layers together against the predictions of the
+            dense model; 0 = none. One batch of calibration data a step, as costly as many block-wise ones.
+        distill_learning_rate: like ``learning_rate``, of that stage.
         calibration_tokens: tokens (or patches) taken from the calibration data.
         seed: of every random choice.
     """
@@ -84,6 +87,8 @@ class Recipe:
     steps: int = 100
     tokens_per_step: int = 1024
     learning_rate: float = 0.01
+    distill_steps: int = 0
+    distill_learning_rate: float = 0.003
     calibration_tokens: int = 32768
     seed: int = 0
 
@@ -97,6 +102,7 @@ class Recipe:
             ("group_size", 1),
             ("steps", 0),
             ("tokens_per_step", 1),
+            ("distill_steps", 0),
             ("calibration_tokens", 1),
             ("seed", 0),
         ):
@@ -113,8 +119,10 @@ class Recipe:
         ):
             if getattr(self, name) not in allowed:
                 raise InvalidArgument(f"{name}: got {getattr(self, name)!r}; allowed are {allowed}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise InvalidArgument(f"learning_rate: got {self.learning_rate!r}; expected a positive number")
+        for name in ("learning_rate", "distill_learning_rate"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise InvalidArgument(f"{name}: got {value!r}; expected a positive number")
 
     @property
     def needs_loss(self) -> bool:

@@ -38,6 +38,9 @@ class Report:
         macs_ratio: multiply-adds per token of the MLPs, compressed over dense. Sharing a base saves no
             arithmetic, and bitmap zeros are multiplied too, so it can exceed 1.
         calibration_tokens: tokens used.
+        divergence_before, divergence_after: of the compressed model's output from the dense one's, in nats
+            per prediction (features: half their relative squared error), on held-out calibration data,
+            before and after ``distill_steps``; None without any.
         seconds: in all.
         peak_memory: high-water mark of the process in bytes; on CUDA that of the device.
     """
@@ -50,6 +53,8 @@ class Report:
     calibration_tokens: int
     seconds: float
     peak_memory: int
+    divergence_before: float | None = None
+    divergence_after: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
@@ -74,6 +79,7 @@ class Report:
             f"{self.calibration_tokens:,} calibration tokens, {self.seconds:.0f} s, "
             f"peak memory {self.peak_memory / 2**30:.2f} GiB.",
             "",
+            *self._distilled(),
             "| layer | dense bytes | bytes | ratio | error before training | error after | seconds |",
             "|---|---|---|---|---|---|---|",
         ]
@@ -84,6 +90,12 @@ class Report:
             for layer in self.layers
         ]
         return "\n".join(lines) + "\n"
+
+    def _distilled(self) -> list[str]:
+        if self.divergence_before is None:
+            return []
+        before, after = _error(self.divergence_before), _error(self.divergence_after)
+        return [f"Divergence from the dense model: {before} nats before distillation, {after} after.", ""]
 
 
 def _error(value: float | None) -> str:

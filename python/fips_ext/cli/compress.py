@@ -72,6 +72,10 @@ def compress(
     steps: Annotated[
         int, typer.Option(min=0, help="Training steps per group; 0 stops at the closed form.")
     ] = _DEFAULTS["steps"],
+    distill_steps: Annotated[
+        int,
+        typer.Option(min=0, help="Steps of a last stage, all layers against the dense model's predictions."),
+    ] = _DEFAULTS["distill_steps"],
     seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = _DEFAULTS["seed"],
     dtype: DTypeOption = None,
     device: DeviceOption = "cpu",
@@ -96,6 +100,7 @@ def compress(
             rank=rank,
             base=base.value,
             steps=steps,
+            distill_steps=distill_steps,
             calibration_tokens=tokens,
             seed=seed,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
@@ -55,6 +57,7 @@ class DenseMLP:
     entry: nn.Module
     slots: list[Slot]
     absorbed: list[Slot]
+    _replaced: list[tuple[Slot, nn.Module]] = field(default_factory=list, init=False, repr=False)
 
     @property
     def width(self) -> int:
@@ -89,8 +92,21 @@ class DenseMLP:
             raise SurgeryError(
                 f"{self.name}: has been replaced already; call find_mlps on the dense model again"
             )
+        self._replaced = [(slot, slot.module) for slot in (*self.slots, *self.absorbed)]
         mlp.train(self.entry.training)
         for slot in self.slots:
             slot.fill(mlp)
         for slot in self.absorbed:
             slot.fill(AbsorbedLinear())
+
+    @contextlib.contextmanager
+    def original(self) -> Iterator[None]:
+        """Within it, the modules that :meth:`install` replaced are back in the model."""
+        installed = [(slot, slot.module) for slot, _ in self._replaced]
+        try:
+            for slot, module in self._replaced:
+                slot.fill(module)
+            yield
+        finally:
+            for slot, module in installed:
+                slot.fill(module)

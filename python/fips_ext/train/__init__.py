@@ -2,6 +2,7 @@
 
 from .activations import ActivationStore, collect, held_out_rows
 from .calibration import Calibration, calibrate
+from .distill import distill
 from .loop import LayerData, train_group
 from .sensitivity import Sensitivity, SensitivityMeter
 from .teacher import Observation, check_weights, observe, weight_problems
@@ -16,6 +17,7 @@ __all__ = [
     "calibrate",
     "check_weights",
     "collect",
+    "distill",
     "held_out_rows",
     "observe",
     "train_group",

@@ -131,8 +131,8 @@ def collect(
         for parameter in trained:
             parameter.requires_grad_(False)  # gradients of activations are wanted, none of weights
         for batch in data:
-            args, kwargs = _arguments(batch, device)
-            attention = _token_mask(kwargs)
+            args, kwargs = model_arguments(batch, device)
+            attention = token_mask(kwargs)
             if meter is not None and store.found < _METERED_SHARE * store.tokens:
                 with torch.enable_grad(), meter.attached():
                     meter.backward(model(*args, **kwargs), attention)
@@ -156,7 +156,8 @@ def collect(
     )
 
 
-def _arguments(batch: Any, device: torch.device) -> tuple[tuple, dict[str, Any]]:
+def model_arguments(batch: Any, device: torch.device) -> tuple[tuple, dict[str, Any]]:
+    """A batch of calibration data as arguments of a model on ``device``."""
     if isinstance(batch, Tensor):
         return (batch.to(device),), {}
     if isinstance(batch, Mapping):
@@ -166,7 +167,8 @@ def _arguments(batch: Any, device: torch.device) -> tuple[tuple, dict[str, Any]]
     )
 
 
-def _token_mask(kwargs: dict[str, Any]) -> Tensor | None:
+def token_mask(kwargs: dict[str, Any]) -> Tensor | None:
+    """Which tokens are no padding, bool ``[B, T]``; None where the model is not told."""
     mask = kwargs.get("attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 

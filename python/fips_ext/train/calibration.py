@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Calibration:
         names: of the MLPs, in model order.
         tokens: rows of each MLP.
         compute_dtype: of matrix products.
+        batches: the model inputs, if they were kept.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class Calibration:
         sensitivities: list[Sensitivity] | None,
         held_out: int,
         compute_dtype: torch.dtype,
+        batches: list[Any],
     ) -> None:
         self.names, self.tokens, self.compute_dtype = names, store.tokens, compute_dtype
         self._store, self._observations, self._sensitivities = store, observations, sensitivities
         self._held_out = held_out
+        self.batches = batches
 
     def __enter__(self) -> Calibration:
         return self
@@ -50,8 +53,9 @@ class Calibration:
     def close(self) -> None:
         self._store.close()
         self._observations.clear()
+        self.batches.clear()
 
-    def check(self, mlps: list[DenseMLP], needs_loss: bool) -> None:
+    def check(self, mlps: list[DenseMLP], needs_loss: bool, needs_batches: bool = False) -> None:
         """Raise ``InvalidArgument`` unless this is of ``mlps``, and holds what a recipe needs."""
         if not self._observations:
             raise InvalidArgument("data: the Calibration is closed; call calibrate again")
@@ -63,6 +67,11 @@ class Calibration:
             raise InvalidArgument(
                 "data: the Calibration was made with loss=False, but the recipe has sensitivity='loss'; "
                 "make it with loss=True, or use sensitivity='output'"
+            )
+        if needs_batches and not self.batches:
+            raise InvalidArgument(
+                "data: the Calibration was made with keep_batches=False, but the recipe has distill_steps; "
+                "make it with keep_batches=True, or use distill_steps=0"
             )
 
     def problems(self, index: int, mlp: DenseMLP, sensitivity: str) -> dict[str, SliceProblem]:
@@ -89,6 +98,7 @@ def calibrate(
     tokens: int,
     *,
     loss: bool = True,
+    keep_batches: bool = False,
     seed: int = 0,
     compute_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -101,6 +111,7 @@ def calibrate(
         tokens: how many to take.
         loss: measure what errors cost in the model's predictions, by backward passes over the first quarter
             of the tokens; needed by ``Recipe(sensitivity="loss")``.
+        keep_batches: hold on to the model inputs, which ``Recipe.distill_steps`` needs again.
         seed: of the sampled predictions.
         compute_dtype: of matrix products; default bfloat16 for a model in a half precision, else float32.
         progress: called with (tokens, tokens needed).
@@ -117,9 +128,10 @@ def calibrate(
     if compute_dtype is None:
         compute_dtype = torch.bfloat16 if dtype.itemsize == 2 else torch.float32
     store = ActivationStore([mlp.width for mlp in mlps], tokens, dtype)
+    batches: list[Any] = []
     try:
         meter = SensitivityMeter(mlps, seed) if loss else None
-        collect(model, mlps, data, store, progress, meter)
+        collect(model, mlps, _kept(data, batches) if keep_batches else data, store, progress, meter)
         held_out = held_out_rows(tokens) if tokens > 1 else tokens
         observations = [
             observe(mlp, inputs, targets, compute_dtype, held_out)
@@ -130,5 +142,11 @@ def calibrate(
         raise
     sensitivities = None if meter is None else meter.result()
     return Calibration(
-        [mlp.name for mlp in mlps], store, observations, sensitivities, held_out, compute_dtype
+        [mlp.name for mlp in mlps], store, observations, sensitivities, held_out, compute_dtype, batches
     )
+
+
+def _kept(data: Iterable[Any], batches: list[Any]) -> Iterator[Any]:
+    for batch in data:
+        batches.append(batch)
+        yield batch

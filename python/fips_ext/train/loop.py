@@ -8,17 +8,16 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import functional
 from ..errors import NumericalError
 from ..layout import BlockSparse
 from ..nn import SharedMLP
 from ..recipe import Recipe
+from .optimizer import rms_adamw
 
 _CHUNK = 2048
-_WARM_UP = 0.05
-_WEIGHT_DECAY = 0.0
 
 
 @dataclasses.dataclass
@@ -68,7 +67,7 @@ def train_group(
     if recipe.steps == 0:
         return before, before
     start = [copy.deepcopy(mlp.state_dict()) for mlp in mlps]
-    optimizer, schedule = _optimizer(mlps, recipe)
+    optimizer, schedule = rms_adamw(mlps, recipe.learning_rate, recipe.steps)
     generator = torch.Generator().manual_seed(recipe.seed)
     batches = _Batches(data[0].trained, recipe.tokens_per_step, generator)
     for _ in range(recipe.steps):
@@ -134,24 +133,6 @@ def _loss(mlp: SharedMLP, layer: LayerData, rows: Tensor, dtype: torch.dtype) ->
         token_weight=layer.weights[rows].to(device),
         **cast_arguments(mlp, dtype),
     )
-
-
-def _optimizer(mlps: list[SharedMLP], recipe: Recipe):
-    """One parameter group per tensor, because each has its own step size."""
-    groups = []
-    for parameter in nn.ModuleList(mlps).parameters():
-        rms = float(parameter.detach().square().mean().sqrt()) if parameter.numel() else 0.0
-        if rms > 0:
-            groups.append({"params": [parameter], "lr": recipe.learning_rate * rms})
-    optimizer = torch.optim.AdamW(groups, weight_decay=_WEIGHT_DECAY, betas=(0.9, 0.99), fused=True)
-    warm_up = max(1, round(_WARM_UP * recipe.steps))
-
-    def factor(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, recipe.steps - warm_up)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 class _Batches:

@@ -91,7 +91,7 @@ class SensitivityMeter:
             NumericalError: it holds NaN or Inf.
         """
         logits = getattr(output, "logits", None)
-        result = _features(output) if logits is None else logits
+        result = output_features(output) if logits is None else logits
         if not bool(result.isfinite().all()):
             raise NumericalError(
                 "model: its output on the calibration data holds NaN or Inf; check the data, or load it "
@@ -127,7 +127,7 @@ class SensitivityMeter:
         return noise / features.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
 
 
-def _features(output: Any) -> Tensor:
+def output_features(output: Any) -> Tensor:
     """The last hidden state, or the first floating tensor of an output."""
     found = getattr(output, "last_hidden_state", output)
     while not isinstance(found, Tensor):
