@@ -15,7 +15,8 @@ from ..errors import InvalidArgument, NumericalError
 from ..surgery import DenseMLP
 from .sensitivity import SensitivityMeter
 
-_METERED_SHARE = 0.25  # of the tokens: a backward pass costs twice a forward pass
+# Of the tokens: a backward pass costs twice a forward pass, and second moments need no more.
+_METERED_SHARE, _METERED_TOKENS = 0.25, 8192
 
 HOST_LIMIT = 4 * 2**30
 """Bytes of activations above which they go to a temporary file instead of memory."""
@@ -94,7 +95,7 @@ def collect(
         data: model inputs: a tensor (the first argument) or a mapping of keyword arguments, whose
             ``attention_mask [B, T]``, where present, marks padding that is left out.
         progress: called with (tokens, tokens needed).
-        meter: gets the gradients of the first batches, a quarter of the tokens.
+        meter: gets the gradients of the first batches, a quarter of the tokens but at most 8192.
 
     Raises:
         InvalidArgument: ``data`` ends too early, or is no iterable of tensors or mappings.
@@ -120,6 +121,7 @@ def collect(
         return hook
 
     device = mlps[0].up.weight.device
+    metered = 0 if meter is None else min(_METERED_SHARE * store.tokens, _METERED_TOKENS)
     handles = [
         mlp.entry.register_forward_pre_hook(hook_of(i, mlp.name), with_kwargs=True)
         for i, mlp in enumerate(mlps)
@@ -133,7 +135,7 @@ def collect(
         for batch in data:
             args, kwargs = model_arguments(batch, device)
             attention = token_mask(kwargs)
-            if meter is not None and store.found < _METERED_SHARE * store.tokens:
+            if store.found < metered:
                 with torch.enable_grad(), meter.attached():
                     meter.backward(model(*args, **kwargs), attention)
             else:

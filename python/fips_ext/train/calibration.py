@@ -109,8 +109,8 @@ def calibrate(
         model: any model whose MLPs :func:`fips_ext.surgery.find_mlps` knows; it is not changed.
         data: model inputs: ids or pixel tensors, or dicts of keyword arguments.
         tokens: how many to take.
-        loss: measure what errors cost in the model's predictions, by backward passes over the first quarter
-            of the tokens; needed by ``Recipe(sensitivity="loss")``.
+        loss: measure what errors cost in the model's predictions, by backward passes over a quarter of the
+            tokens, at most 8192; needed by ``Recipe(sensitivity="loss")``.
         keep_batches: hold on to the model inputs, which ``Recipe.distill_steps`` needs again.
         seed: of the sampled predictions.
         compute_dtype: of matrix products; default bfloat16 for a model in a half precision, else float32.

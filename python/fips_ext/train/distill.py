@@ -117,7 +117,7 @@ class _Runner:
                 loss = weight[chunk] @ (_logit_divergence(x, t) if is_logits else _feature_divergence(x, t))
             if backward:
                 gradient[chunk] = torch.autograd.grad(loss, x)[0].to(gradient.dtype)
-            total += float(loss)
+            total += float(loss.detach())
         if not torch.isfinite(torch.tensor(total)):
             raise NumericalError(
                 f"distill: the divergence from the dense model became {total}; lower learning_rate, or check "
