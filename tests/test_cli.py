@@ -22,7 +22,7 @@ from fips_ext.recipe import Recipe
 from .tiny_llama import byte_tokenizer, save_text, save_tiny_llama, tiny_llama
 from .tiny_models import share
 
-COMMANDS = ("compress", "eval", "generate", "info", "bench", "demo")
+COMMANDS = ("compress", "compare", "eval", "generate", "info", "bench", "demo")
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +139,13 @@ def test_runs_as_a_module():
         ["generate", "x"],
         ["bench", "x", "--repeats", "0"],
         ["demo", "--ratio", "2"],
+        ["compare", "x", "--ratios", "0.5,half"],
+        ["compare", "x", "--ratios", "1.5"],
+        ["compare", "x", "--ratios", ""],
+        ["compare", "x", "--seeds", "-1"],
+        ["compare", "x", "--patterns", "block:7x7"],
+        ["compare", "x", "--patterns", "dense"],
+        ["compare", "x", "--methods", "fips"],
     ],
 )
 def test_usage_errors(arguments):
@@ -314,3 +321,41 @@ def test_bench(dense, small):
     pair = run_json("bench", small, "--dense", dense, *options)
     assert pair["decode_ratio"] == pytest.approx(pair["compressed"]["decode"] / pair["dense"]["decode"])
     assert "compressed / dense" in run("bench", small, "--dense", dense, *options).stdout
+
+
+# -- compare ----------------------------------------------------------------------------------------
+
+
+def test_compare_measures_draws_and_goes_on(dense, text, tmp_path):
+    out = tmp_path / "out"
+    options = ["--text", text, "--calib", text, "--tokens", 2048, "--steps", 2, "--distill-steps", 2]
+    options += ["--windows", 2, "--dtype", "float32", "--patterns", "bitmap:16x64,block:16x16", "--quick"]
+    first = ["compare", dense, "--ratios", "0.7", "--methods", "fips:bitmap:16x64,low-rank", "--out", out]
+    rows = run_json(*first, *options)["rows"]
+    assert [row["method"] for row in rows] == ["fips:bitmap:16x64", "low-rank"]
+    for row in rows:
+        assert 0.6 < row["mlp_ratio"] <= 0.7
+        assert list(row["quality"]) == ["closed form", "trained", "distilled"]
+        assert all(q[text.name]["value"] > 0 for q in row["quality"].values())
+        assert row["speed"]["decode_ratio"] > 0
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((out / "compare.json").read_text())
+    assert written["rows"] == rows
+    assert written["command"].startswith("fips ")
+
+    result = run("compare", dense, "--ratios", "0.7,0.8", "--methods", "low-rank", "--out", out, *options)
+    assert "low-rank at 0.8" in result.stderr
+    assert "low-rank at 0.7" not in result.stderr  # measured before
+    assert "0.8" in result.stdout
+    again = json.loads((out / "compare.json").read_text())["rows"]
+    assert again[:2] == rows
+    assert len(again) == 3
+    assert "calibrating" not in run(*first, *options).stderr
+
+    message = refusal(*first, *options, "--windows", 1)
+    assert "another setting (windows differ)" in message
+
+
+def test_compare_needs_matplotlib(dense, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert "fips_ext[plot]" in refusal("compare", dense)

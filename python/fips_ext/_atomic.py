@@ -1,4 +1,4 @@
-"""Writing a directory so that a reader sees the old one or the new one, whole."""
+"""Writing a directory or a file so that a reader sees the old one or the new one, whole."""
 
 from __future__ import annotations
 
@@ -39,6 +39,20 @@ def replaced_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_file(target: Path, text: str) -> None:
+    """Write ``text`` (UTF-8) to ``target``; on any error the old file is untouched."""
+    target = target.resolve()
+    new = target.with_name(f".{target.name}.new-{secrets.token_hex(4)}")
+    try:
+        new.write_text(text, encoding="utf-8")
+        _flush_one(new)
+        new.replace(target)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    _flush_one(target.parent)
 
 
 def _flush(directory: Path) -> None:

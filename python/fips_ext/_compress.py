@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +23,15 @@ from .nn import SharedBase, SharedMLP, SparseFactor
 from .recipe import Recipe
 from .report import LayerReport, Report
 from .surgery import DenseMLP, find_mlps
-from .train import Calibration, calibrate, check_weights, distill, train_group, weight_problems
+from .train import (
+    Calibration,
+    batches_for,
+    calibrate,
+    check_weights,
+    distill,
+    train_group,
+    weight_problems,
+)
 
 Progress = Callable[[int, int], None]
 _DISTILL_WORK = 2  # steps of every group that one of the whole model takes as long as
@@ -57,21 +66,9 @@ def compress(
         InvalidArgument: too little calibration data, or a rank the model has no room for.
         NumericalError: NaN or Inf in weights, activations or the loss; nothing is replaced in that group.
     """
-    start = time.perf_counter()
-    mlps = find_mlps(model)
-    for mlp in mlps:
-        check_weights(mlp)
-    groups = group_mlps(mlps, recipe.group_size)
-    plans = [budget.solve(recipe, shape_of(group)) for group in groups]
-    _check_rank(recipe, mlps)
-    dense_bytes, dense_macs = _model_bytes(model), sum(p.shape.dense_macs for p in plans)
-    if mlps[0].up.weight.is_cuda:
-        torch.cuda.reset_peak_memory_stats(mlps[0].up.weight.device)
-
-    needs_data = recipe.init == "whitened" or recipe.steps > 0 or recipe.distill_steps > 0
-    if needs_data and data is None:
+    run = Compression(model, recipe, progress)
+    if data is None and recipe.needs_data:
         raise InvalidArgument("data: None is allowed only with init='svd', steps=0 and distill_steps=0")
-    meter = _Meter(progress, len(groups), recipe)
     owned = None
     if data is not None and not isinstance(data, Calibration):
         data = owned = calibrate(
@@ -79,55 +76,195 @@ def compress(
             data,
             recipe.calibration_tokens,
             loss=recipe.needs_loss,
-            keep_batches=recipe.distill_steps > 0,
+            keep_batches=batches_for(recipe.distill_steps),
             seed=recipe.seed,
             compute_dtype=compute_dtype,
-            progress=meter.calibrated,
+            progress=run.meter.calibrated,
         )
     try:
-        if data is not None:
-            data.check(mlps, recipe.needs_loss, recipe.distill_steps > 0)
-        starts = itertools.accumulate((len(group) for group in groups), initial=0)
-        calibrated = [_Group(group, data, start) for group, start in zip(groups, starts, strict=False)]
-        if recipe.effective_ranking == "model":
-            plans = _allocate(calibrated, plans, recipe)
-        layers: list[_Layer] = []
-        for group, plan in zip(calibrated, plans, strict=True):
-            layers += _compress_group(group, plan, recipe, meter)
-        installed = [layer.shared for layer in layers]
-        divergence = None
+        run.plan(data)
+        for group in run.groups:
+            run.initialise(group)
+            run.train(group)
+            run.install(group)
+            if recipe.distill_steps == 0:
+                group.round()
         if recipe.distill_steps > 0:
-            divergence = distill(
-                model,
-                mlps,
-                installed,
-                data.batches,
-                steps=recipe.distill_steps,
-                learning_rate=recipe.distill_learning_rate,
-                compute_dtype=data.compute_dtype,
-                seed=recipe.seed,
-                on_step=meter.distilled,
-            )
-            for mlp, weight in zip(installed, (dense.up.weight for dense in mlps), strict=True):
-                mlp.to(weight.dtype)
+            run.distill()
+            for group in run.groups:
+                group.round()
     finally:
         if owned is not None:
             owned.close()
+    return run.report()
 
-    mlp_dense, mlp_now = sum(p.shape.dense_bytes for p in plans), budget.mlp_bytes(installed)
-    other_linear = describe(model)["block_linear_bytes"]
-    return Report(
-        layers=[layer.report() for layer in layers],
-        mlp_ratio=mlp_now / mlp_dense,
-        linear_ratio=(mlp_now + other_linear) / (mlp_dense + other_linear),
-        model_ratio=_model_bytes(model) / dense_bytes,
-        macs_ratio=sum(budget.mlp_macs(mlp) for mlp in installed) / dense_macs,
-        divergence_before=divergence and divergence[0],
-        divergence_after=divergence and divergence[1],
-        calibration_tokens=0 if data is None else data.tokens,
-        seconds=time.perf_counter() - start,
-        peak_memory=_peak_memory(mlps[0].up.weight.device),
-    )
+
+class Compression:
+    """One compression, stage by stage: :func:`compress` goes group by group, a comparison looks in between.
+
+    ``plan``, then for every group ``initialise``, ``train`` and ``install``, in this order but with other
+    groups in between or not; then ``distill`` and ``report``.
+
+    Raises:
+        SurgeryError, BudgetError, InvalidArgument, NumericalError: see :func:`compress`.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, progress: Progress | None = None) -> None:
+        self.model, self.recipe = model, recipe
+        self._start = time.perf_counter()
+        self._mlps = find_mlps(model)
+        for mlp in self._mlps:
+            check_weights(mlp)
+        members = group_mlps(self._mlps, recipe.group_size)
+        starts = itertools.accumulate(map(len, members), initial=0)
+        self.groups = [
+            Group(mlps, first, budget.solve(recipe, shape_of(mlps)))
+            for mlps, first in zip(members, starts, strict=False)
+        ]
+        _check_rank(recipe, self._mlps)
+        self._dense_bytes = _model_bytes(model)
+        self._calibration: Calibration | None = None
+        self._divergence: tuple[float | None, float | None] = (None, None)
+        self.meter = _Meter(progress, len(self.groups), recipe)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._mlps[0].up.weight.device
+
+    def plan(self, calibration: Calibration | None) -> None:
+        """Take what was calibrated, and decide what each group stores."""
+        recipe = self.recipe
+        if calibration is not None:
+            calibration.check(self._mlps, recipe.needs_loss, recipe.distill_steps > 0)
+        self._calibration = calibration
+        if recipe.effective_ranking == "model":
+            plans = [group.plan for group in self.groups]
+            curves = [
+                ScoreCurve.of(unit_scores(self._problems(group), group.plan, recipe)) for group in self.groups
+            ]
+            plans = allocate(plans, curves, [plan.least_count for plan in plans])
+            for group, plan in zip(self.groups, plans, strict=True):
+                group.plan = plan
+
+    def initialise(self, group: Group) -> None:
+        """The closed form, float32, not yet in the model."""
+        start = time.perf_counter()
+        factors = factorise(self._problems(group), group.plan, self.recipe)
+        device = group.mlps[0].up.weight.device
+        group.shared = [mlp.to(device) for mlp in build(group.mlps, factors, group.plan)]
+        self.meter.advance()
+        group.seconds += time.perf_counter() - start
+
+    def train(self, group: Group) -> None:
+        """Block-wise."""
+        if self._calibration is None:
+            return
+        start = time.perf_counter()
+        data = [self._calibration.layer_data(group.first + i) for i in range(len(group.mlps))]
+        dtype = self._calibration.compute_dtype
+        group.before, group.after = train_group(group.shared, data, self.recipe, dtype, self.meter.advance)
+        group.seconds += time.perf_counter() - start
+
+    def install(self, group: Group) -> None:
+        """Put a group into the model, as it is: float32."""
+        for dense, mlp in zip(group.mlps, group.shared, strict=True):
+            dense.install(mlp)
+
+    def distill(self) -> None:
+        """Train all groups together; all must be installed."""
+        self._divergence = distill(
+            self.model,
+            self._mlps,
+            self._shared(),
+            self._calibration.batches,
+            steps=self.recipe.distill_steps,
+            learning_rate=self.recipe.distill_learning_rate,
+            compute_dtype=self._calibration.compute_dtype,
+            seed=self.recipe.seed,
+            on_step=self.meter.distilled,
+        )
+
+    @contextlib.contextmanager
+    def rounded(self) -> Iterator[None]:
+        """Within it the installed factors are in the dtype of the model; after it, as exact as before."""
+        masters = [(parameter, parameter.data) for mlp in self._shared() for parameter in mlp.parameters()]
+        try:
+            for group in self.groups:
+                group.round()
+            yield
+        finally:
+            for parameter, data in masters:
+                parameter.data = data
+
+    def report(self) -> Report:
+        """What was done; the factors must be in the dtype of the model."""
+        dense = sum(group.plan.shape.dense_bytes for group in self.groups)
+        now = budget.mlp_bytes(self._shared())
+        other_linear = describe(self.model)["block_linear_bytes"]
+        macs = sum(budget.mlp_macs(mlp) for mlp in self._shared())
+        return Report(
+            layers=[layer for group in self.groups for layer in group.reports()],
+            mlp_ratio=now / dense,
+            linear_ratio=(now + other_linear) / (dense + other_linear),
+            model_ratio=_model_bytes(self.model) / self._dense_bytes,
+            macs_ratio=macs / sum(group.plan.shape.dense_macs for group in self.groups),
+            divergence_before=self._divergence[0],
+            divergence_after=self._divergence[1],
+            calibration_tokens=0 if self._calibration is None else self._calibration.tokens,
+            seconds=time.perf_counter() - self._start,
+            peak_memory=_peak_memory(self.device),
+        )
+
+    def _shared(self) -> list[SharedMLP]:
+        return [mlp for group in self.groups for mlp in group.shared]
+
+    def _problems(self, group: Group) -> list[dict[str, SliceProblem]]:
+        """What the initialiser minimises, per layer."""
+        if self._calibration is None or self.recipe.init == "svd":
+            return [weight_problems(mlp) for mlp in group.mlps]
+        return [
+            self._calibration.problems(i, mlp, self.recipe.sensitivity)
+            for i, mlp in enumerate(group.mlps, group.first)
+        ]
+
+
+@dataclasses.dataclass
+class Group:
+    """Dense MLPs that share bases, and what becomes of them.
+
+    Attributes:
+        mlps: the dense ones.
+        first: number of the first one in the model.
+        plan: how it spends its bytes.
+        shared: the compressed ones, once initialised.
+        before, after: errors as in :class:`LayerReport`, once trained.
+        seconds: spent so far.
+    """
+
+    mlps: list[DenseMLP]
+    first: int
+    plan: budget.Plan
+    shared: list[SharedMLP] = dataclasses.field(default_factory=list)
+    before: list[float] | None = None
+    after: list[float] | None = None
+    seconds: float = 0.0
+
+    def round(self) -> None:
+        """Bring the factors to the dtype of the model."""
+        for mlp in self.shared:
+            mlp.to(self.mlps[0].up.weight.dtype)
+
+    def reports(self) -> list[LayerReport]:
+        reports = []
+        nothing = [None] * len(self.mlps)
+        errors = zip(self.before or nothing, self.after or nothing, strict=True)
+        for dense, shared, (before, after) in zip(self.mlps, self.shared, errors, strict=True):
+            size = sum(p.nbytes for linear in dense.linears().values() for p in linear.parameters())
+            seconds = self.seconds / len(self.mlps)
+            reports.append(LayerReport(dense.name, size, budget.mlp_bytes([shared]), before, after, seconds))
+        return reports
 
 
 def group_mlps(mlps: list[DenseMLP], size: int) -> list[list[DenseMLP]]:
@@ -191,64 +328,6 @@ def build(group: list[DenseMLP], factors: Factors, plan: budget.Plan) -> list[Sh
             )
         )
     return mlps
-
-
-@dataclasses.dataclass
-class _Group:
-    """Dense MLPs that will share bases, from number ``first`` of the calibrated ones."""
-
-    mlps: list[DenseMLP]
-    calibration: Calibration | None
-    first: int
-
-    def problems(self, recipe: Recipe) -> list[dict[str, SliceProblem]]:
-        """What the initialiser minimises, per layer."""
-        if self.calibration is None or recipe.init == "svd":
-            return [weight_problems(mlp) for mlp in self.mlps]
-        numbered = enumerate(self.mlps, self.first)
-        return [self.calibration.problems(i, mlp, recipe.sensitivity) for i, mlp in numbered]
-
-
-@dataclasses.dataclass
-class _Layer:
-    """One compressed MLP; errors as in :class:`LayerReport`."""
-
-    dense: DenseMLP
-    shared: SharedMLP
-    before: float | None
-    after: float | None
-    seconds: float
-
-    def report(self) -> LayerReport:
-        dense = sum(parameter.nbytes for m in self.dense.linears().values() for parameter in m.parameters())
-        now = budget.mlp_bytes([self.shared])
-        return LayerReport(self.dense.name, dense, now, self.before, self.after, self.seconds)
-
-
-def _allocate(groups: list[_Group], plans: list[budget.Plan], recipe: Recipe) -> list[budget.Plan]:
-    """Plans of the same total, with what each group stores decided by scores over the whole model."""
-    curves = [
-        ScoreCurve.of(unit_scores(group.problems(recipe), plan, recipe))
-        for group, plan in zip(groups, plans, strict=True)
-    ]
-    return allocate(plans, curves, [plan.least_count for plan in plans])
-
-
-def _compress_group(group: _Group, plan: budget.Plan, recipe: Recipe, meter: _Meter) -> list[_Layer]:
-    start = time.perf_counter()
-    weight = group.mlps[0].up.weight
-    shared = build(group.mlps, factorise(group.problems(recipe), plan, recipe), plan)
-    meter.advance()
-    before = after = [None] * len(shared)
-    if group.calibration is not None:
-        data = [group.calibration.layer_data(group.first + i) for i in range(len(shared))]
-        dtype = group.calibration.compute_dtype
-        before, after = train_group(shared, data, recipe, dtype, meter.advance)
-    for dense, mlp in zip(group.mlps, shared, strict=True):
-        # Master weights, where another stage follows.
-        dense.install(mlp.to(weight.device, torch.float32 if recipe.distill_steps else weight.dtype))
-    seconds = (time.perf_counter() - start) / len(shared)
-    return [_Layer(*parts, seconds) for parts in zip(group.mlps, shared, before, after, strict=True)]
 
 
 class _Meter:

@@ -60,8 +60,8 @@ class Recipe:
         sensitivity: what an error counts: ``loss``, what it adds to the divergence of the model's predictions
             from the dense model's; or ``output``, its share of the output of its own matrix.
         ranking: entries of V compete inside their ``layer``, so that every layer keeps as many, inside their
-            ``group``, or inside the whole ``model``. None is ``model`` with ``sensitivity="loss"``, else
-            ``layer``.
+            ``group``, inside the whole ``model``, or for their ``output`` feature (as in Wanda; only with
+            ``base="identity"`` and a bitmap). None is ``model`` with ``sensitivity="loss"``, else ``layer``.
         init: ``whitened`` (calibrated) or ``svd`` (data-free).
         refit: ridge refit of the base after masking.
         steps: optimiser steps per group of the joint block-wise training; 0 = closed form only.
@@ -81,7 +81,7 @@ class Recipe:
     base: Literal["shared", "identity", "both"] = "shared"
     per_role: bool = True
     sensitivity: Literal["loss", "output"] = "loss"
-    ranking: Literal["layer", "group", "model"] | None = None
+    ranking: Literal["output", "layer", "group", "model"] | None = None
     init: Literal["whitened", "svd"] = "whitened"
     refit: bool = True
     steps: int = 100
@@ -114,15 +114,25 @@ class Recipe:
         for name, allowed in (
             ("base", ("shared", "identity", "both")),
             ("sensitivity", ("loss", "output")),
-            ("ranking", ("layer", "group", "model", None)),
+            ("ranking", ("output", "layer", "group", "model", None)),
             ("init", ("whitened", "svd")),
         ):
             if getattr(self, name) not in allowed:
                 raise InvalidArgument(f"{name}: got {getattr(self, name)!r}; allowed are {allowed}")
+        if self.ranking == "output" and (self.base != "identity" or self.parsed_pattern.kind != "bitmap"):
+            raise InvalidArgument(
+                f"ranking: got 'output' with base={self.base!r} and pattern={self.pattern!r}; what feeds one "
+                "output is known only with base='identity' and a bitmap pattern"
+            )
         for name in ("learning_rate", "distill_learning_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise InvalidArgument(f"{name}: got {value!r}; expected a positive number")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything looks at calibration data."""
+        return self.init == "whitened" or self.steps > 0 or self.distill_steps > 0
 
     @property
     def needs_loss(self) -> bool:
@@ -130,7 +140,7 @@ class Recipe:
         return self.init == "whitened" and self.sensitivity == "loss"
 
     @property
-    def effective_ranking(self) -> Literal["layer", "group", "model"]:
+    def effective_ranking(self) -> Literal["output", "layer", "group", "model"]:
         """``ranking``, or what None stands for."""
         return self.ranking or ("model" if self.needs_loss else "layer")
 

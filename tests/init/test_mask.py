@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fips_ext.init import SliceProblem
-from fips_ext.init.mask import base_energy, largest, saliency, select
+from fips_ext.init.mask import base_energy, largest, saliency, select, select_per_output
 from fips_ext.layout import to_blocks
 from fips_ext.recipe import Pattern
 
@@ -53,3 +53,17 @@ def test_bitmap_keeps_single_values_over_all_slices() -> None:
     masks = select(scores, 11, Pattern.parse("bitmap"))
     flat, kept = torch.cat([s.flatten() for s in scores]), torch.cat([m.flatten() for m in masks])
     assert set(kept.nonzero().flatten().tolist()) == set(flat.topk(11).indices.tolist())
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "count", "axis"), [(6, 9, 30, 0), (6, 9, 30, 1), (5, 7, 3, 1), (4, 4, 16, 0)]
+)
+def test_per_output_keeps_as_many_of_each(rows: int, cols: int, count: int, axis: int) -> None:
+    score = torch.rand(rows, cols, generator=torch.Generator().manual_seed(0))
+    mask = select_per_output(score, count, axis)
+    assert int(mask.sum()) == count
+    kept = mask.sum(1 - axis)
+    assert int(kept.max() - kept.min()) <= 1
+    for line, chosen in zip(score.movedim(axis, 0), mask.movedim(axis, 0), strict=True):
+        if 0 < int(chosen.sum()) < chosen.numel():
+            assert line[chosen].min() >= line[~chosen].max()

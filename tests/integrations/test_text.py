@@ -133,7 +133,13 @@ def test_calibration_is_spread_over_the_text():
     content = "".join(chr(ord("a") + i) * text.CALIBRATION_CONTEXT for i in range(10))
     batches = text.calibration_windows(content, byte_tokenizer(), 5 * text.CALIBRATION_CONTEXT)
     firsts = byte_tokenizer().decode(torch.cat(batches)[:, 0])
-    assert firsts == "acegi"
+    assert sorted(firsts) == list("acegi")
+    more = text.calibration_windows(content, byte_tokenizer(), 5 * text.CALIBRATION_CONTEXT, 4)
+    assert all(torch.equal(a, b) for a, b in zip(batches[:2], more[:2], strict=True))
+    assert len(more) == 4
+    assert len(set(byte_tokenizer().decode(torch.cat(more)[:, 0]))) == 8
+    everything = text.calibration_windows(content, byte_tokenizer(), 512, 99)
+    assert sorted(byte_tokenizer().decode(torch.cat(everything)[:, 0])) == list("abcdefghij")
     assert len(torch.cat(text.calibration_windows(content, byte_tokenizer(), 600))) == 2
     with pytest.raises(InvalidArgument, match="holds 5120 tokens in windows of 512, needed 5121"):
         text.calibration_windows(content, byte_tokenizer(), 5121)

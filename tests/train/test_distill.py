@@ -132,6 +132,6 @@ def test_needs_the_batches() -> None:
     recipe = Recipe(ratio=0.7, pattern="bitmap:16x16", steps=0, distill_steps=1, calibration_tokens=48)
     with (
         calibrate(model, [x] * 4, 48) as calibration,
-        pytest.raises(InvalidArgument, match="keep_batches=True"),
+        pytest.raises(InvalidArgument, match="keep_batches"),
     ):
         compress(model, recipe, calibration)

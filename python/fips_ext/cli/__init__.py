@@ -13,7 +13,7 @@ import typer.core
 
 from .. import __version__
 from ..errors import FipsError
-from . import compress, measure, show
+from . import compare, compress, measure, show
 from .console import fail
 
 
@@ -75,6 +75,7 @@ app.command("compress")(compress.compress)
 app.command("eval")(measure.evaluate)
 app.command("generate")(show.generate)
 app.command("info")(show.info)
+app.command("compare")(compare.compare_methods)
 app.command("bench")(measure.bench)
 app.command("demo")(compress.demo)
 

@@ -112,11 +112,12 @@ def compress(
     text = calibration_text(calib)
     from .._compress import compress as compress_model
     from ..checkpoint import save_pretrained
+    from ..train import batches_for
 
     quiet_transformers()
     note(f"loading {model}")
     loaded, tokenizer = load_model(model, torch_dtype(dtype), device)
-    data = calibration_windows(text, tokenizer, recipe.calibration_tokens)
+    data = calibration_windows(text, tokenizer, recipe.calibration_tokens, batches_for(recipe.distill_steps))
     start = time.perf_counter()
     with progress_bar("compressing") as progress:
         report = compress_model(loaded, recipe, data, progress=progress)

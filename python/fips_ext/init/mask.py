@@ -1,8 +1,8 @@
 """Which entries of V are kept.
 
-Entries compete inside a pool: the slices of one layer (every layer then keeps as many), or those of the whole
-group. The second minimises the summed relative error, but a network does not lose what its MLPs lose on
-average: layers whose outputs are easy to approximate in the mean starve.
+Entries compete inside a pool: one output feature, the slices of one layer (every layer then keeps as many),
+or those of the whole group. The last minimises the summed relative error, but a network does not lose what
+its MLPs lose on average: layers whose outputs are easy to approximate in the mean starve.
 """
 
 from __future__ import annotations
@@ -44,6 +44,22 @@ def select_in_pools(scores: list[list[Tensor]], count: int, pattern: Pattern) ->
     pools = len(scores)
     shares = [count // pools + (i < count % pools) for i in range(pools)]
     return [select(pool, share, pattern) for pool, share in zip(scores, shares, strict=True)]
+
+
+def select_per_output(score: Tensor, count: int, axis: int) -> Tensor:
+    """Mask ``[rows, n]`` that keeps the ``count`` largest scores, as many of each output feature.
+
+    Args:
+        axis: which axis of ``score`` numbers the output features.
+    """
+    score = score.movedim(axis, 0)
+    outputs, inputs = score.shape
+    shares = torch.full((outputs, 1), count // max(1, outputs), device=score.device)
+    shares[: count % max(1, outputs)] += 1
+    order = score.argsort(dim=1, descending=True, stable=True)
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    mask.scatter_(1, order, torch.arange(inputs, device=score.device) < shares)
+    return mask.movedim(0, axis)
 
 
 def select(scores: list[Tensor], count: int, pattern: Pattern) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..budget import Plan
 from ..recipe import Recipe
-from .mask import base_energy, saliency, select_in_pools, units
+from .mask import base_energy, saliency, select_in_pools, select_per_output, units
 from .problem import SliceProblem
 from .refit import refit_base, refit_values
 from .rotate import rotate
@@ -78,13 +78,16 @@ class _Group:
     Attributes:
         base_of: the base of each slice.
         num_bases: 1 or 2.
-        pool: slices, in order, whose entries compete: those of a layer, or all.
+        pool: slices, in order, whose entries compete: those of a layer, or all; 0 where those of one output
+            feature do.
+        output_axes: which axis of each slice numbers the output features of its matrix.
     """
 
     slices: list[SliceProblem]
     base_of: list[int]
     num_bases: int
     pool: int
+    output_axes: list[int]
     plan: Plan
 
     @classmethod
@@ -92,8 +95,9 @@ class _Group:
         slices = [problem.normalised() for layer in layers for problem in layer.values()]
         num_bases = 2 if plan.bases == 2 else 1
         base_of = [num_bases - 1 if role == "down" else 0 for layer in layers for role in layer]
-        pool = len(layers[0]) if recipe.effective_ranking == "layer" else len(slices)
-        return cls(slices, base_of, num_bases, pool, plan)
+        pool = {"output": 0, "layer": len(layers[0])}.get(recipe.effective_ranking, len(slices))
+        axes = [0 if role == "down" else 1 for layer in layers for role in layer]
+        return cls(slices, base_of, num_bases, pool, axes, plan)
 
     def sort_neurons(self, roles: int) -> list[Tensor]:
         """Order the hidden neurons of each layer by importance; returns the orders.
@@ -178,6 +182,13 @@ class _Group:
         ]
 
     def _select(self, scores: list[Tensor]) -> list[Tensor]:
+        if self.pool == 0:
+            slices = len(scores)
+            counts = [
+                (i + 1) * self.plan.count // slices - i * self.plan.count // slices for i in range(slices)
+            ]
+            parts = zip(scores, counts, self.output_axes, strict=True)
+            return [select_per_output(score, count, axis) for score, count, axis in parts]
         pools = [scores[i : i + self.pool] for i in range(0, len(scores), self.pool)]
         return list(chain(*select_in_pools(pools, self.plan.count, self.plan.pattern)))
 

@@ -26,7 +26,7 @@ CALIBRATION_CONTEXT = 512
 MIN_ARTICLE = 2000
 MIN_LINE = 80
 
-_CALIBRATION_BATCH = 4
+_CALIBRATION_BATCH = 2
 _EXTRACT = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _INSTALL = "pip install --no-deps gensim==4.4.0"
 
@@ -150,16 +150,19 @@ def token_windows(text: str, tokenizer: Any, length: int, limit: int | None = No
     return torch.cat([start.expand(count, -1), body], dim=1)
 
 
-def calibration_windows(text: str, tokenizer: Any, tokens: int) -> list[Tensor]:
-    """Model inputs that hold at least ``tokens`` tokens of ``text``, spread evenly over it.
+def calibration_windows(text: str, tokenizer: Any, tokens: int, batches: int = 0) -> list[Tensor]:
+    """Model inputs that hold at least ``tokens`` tokens of ``text``, spread evenly over it, in random order.
 
     Neighbouring windows speak of one subject; a spread sample sees more of the language for the same cost.
+
+    Args:
+        batches: at least as many, if the text is long enough; the further ones follow the first.
 
     Returns:
         int64 ``[B, T]`` batches.
 
     Raises:
-        InvalidArgument: the text is shorter than that.
+        InvalidArgument: the text holds fewer than ``tokens``.
     """
     windows = token_windows(text, tokenizer, CALIBRATION_CONTEXT)
     wanted = -(-tokens // CALIBRATION_CONTEXT)
@@ -168,8 +171,14 @@ def calibration_windows(text: str, tokenizer: Any, tokens: int) -> list[Tensor]:
             f"text: holds {windows.numel()} tokens in windows of {CALIBRATION_CONTEXT}, needed {tokens} to "
             "calibrate; give a longer text or ask for fewer calibration tokens"
         )
+    generator = torch.Generator().manual_seed(0)
     chosen = torch.arange(wanted) * len(windows) // wanted
-    return list(windows[chosen].split(_CALIBRATION_BATCH))
+    rest = torch.ones(len(windows), dtype=torch.bool)
+    rest[chosen] = False
+    rest = rest.nonzero().flatten()
+    more = max(0, batches * _CALIBRATION_BATCH - wanted)
+    order = [part[torch.randperm(len(part), generator=generator)] for part in (chosen, rest)]
+    return list(windows[torch.cat([order[0], order[1][:more]])].split(_CALIBRATION_BATCH))
 
 
 def _start_token(tokenizer: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from .activations import ActivationStore, collect, held_out_rows
 from .calibration import Calibration, calibrate
-from .distill import distill
+from .distill import batches_for, distill
 from .loop import LayerData, train_group
 from .sensitivity import Sensitivity, SensitivityMeter
 from .teacher import Observation, check_weights, observe, weight_problems
@@ -14,6 +14,7 @@ __all__ = [
     "Observation",
     "Sensitivity",
     "SensitivityMeter",
+    "batches_for",
     "calibrate",
     "check_weights",
     "collect",

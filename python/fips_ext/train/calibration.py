@@ -70,8 +70,8 @@ class Calibration:
             )
         if needs_batches and not self.batches:
             raise InvalidArgument(
-                "data: the Calibration was made with keep_batches=False, but the recipe has distill_steps; "
-                "make it with keep_batches=True, or use distill_steps=0"
+                "data: the Calibration was made with keep_batches=0, but the recipe has distill_steps; "
+                "make it with keep_batches, about as many, or use distill_steps=0"
             )
 
     def problems(self, index: int, mlp: DenseMLP, sensitivity: str) -> dict[str, SliceProblem]:
@@ -98,7 +98,7 @@ def calibrate(
     tokens: int,
     *,
     loss: bool = True,
-    keep_batches: bool = False,
+    keep_batches: int = 0,
     seed: int = 0,
     compute_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -111,7 +111,8 @@ def calibrate(
         tokens: how many to take.
         loss: measure what errors cost in the model's predictions, by backward passes over a quarter of the
             tokens, at most 8192; needed by ``Recipe(sensitivity="loss")``.
-        keep_batches: hold on to the model inputs, which ``Recipe.distill_steps`` needs again.
+        keep_batches: hold on to as many of the model inputs, for ``Recipe.distill_steps``; more than
+            ``tokens`` needs are taken from ``data``, as far as it goes.
         seed: of the sampled predictions.
         compute_dtype: of matrix products; default bfloat16 for a model in a half precision, else float32.
         progress: called with (tokens, tokens needed).
@@ -131,7 +132,10 @@ def calibrate(
     batches: list[Any] = []
     try:
         meter = SensitivityMeter(mlps, seed) if loss else None
-        collect(model, mlps, _kept(data, batches) if keep_batches else data, store, progress, meter)
+        source = _kept(data, batches, keep_batches)
+        collect(model, mlps, source, store, progress, meter)
+        while len(batches) < keep_batches and next(source, None) is not None:
+            pass
         held_out = held_out_rows(tokens) if tokens > 1 else tokens
         observations = [
             observe(mlp, inputs, targets, compute_dtype, held_out)
@@ -146,7 +150,8 @@ def calibrate(
     )
 
 
-def _kept(data: Iterable[Any], batches: list[Any]) -> Iterator[Any]:
+def _kept(data: Iterable[Any], batches: list[Any], limit: int) -> Iterator[Any]:
     for batch in data:
-        batches.append(batch)
+        if len(batches) < limit:
+            batches.append(batch)
         yield batch

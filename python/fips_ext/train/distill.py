@@ -25,7 +25,14 @@ from .sensitivity import output_features
 
 _CHUNK = 256  # rows of logits in float32 at a time
 
+_MOST_HELD_OUT = 8
+
 Batches = list[Any]
+
+
+def batches_for(steps: int) -> int:
+    """Batches with which :func:`distill` sees each one once: those of the steps, and those held out."""
+    return steps + min(_MOST_HELD_OUT, -(-steps // 7))
 
 
 def distill(
@@ -45,7 +52,8 @@ def distill(
     Args:
         model: with ``shared`` installed in place of ``dense``; the rest of it is not trained.
         shared: float32 parameters.
-        batches: model inputs; the last eighth, at least one if there are two, is held out.
+        batches: model inputs; the last eighth, at least one if there are two and at most 8, is held
+            out.
         learning_rate: relative to the RMS of each tensor.
         compute_dtype: of matrix products, where the rest of the model is float32; else they have its dtype.
 
@@ -59,7 +67,7 @@ def distill(
     own = dense[0].up.weight.dtype
     dtype = compute_dtype if own == torch.float32 else own
     runner = _Runner(model, dense, shared[0].base.weight.device, dtype)
-    held_out = batches[-max(1, len(batches) // 8) :]
+    held_out = batches[-max(1, min(_MOST_HELD_OUT, len(batches) // 8)) :]
     trained = batches[: len(batches) - len(held_out)] or held_out
     before = runner.mean_divergence(held_out)
     start = [copy.deepcopy(mlp.state_dict()) for mlp in shared]

@@ -1,0 +1,270 @@
+"""``fips compare``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from torch import nn
+
+from .. import __version__
+from ..errors import InvalidArgument
+from ..evaluate import CONTEXT, QUICK_WINDOWS, perplexity
+from ..integrations.text import calibration_text, calibration_windows, held_out_text, token_windows
+from ..models import check_device, load_model
+from ..recipe import Recipe
+from ..throughput import Workload, compare
+from .console import (
+    DeviceOption,
+    DType,
+    JsonOption,
+    note,
+    print_json,
+    progress_bar,
+    quiet_transformers,
+    stdout,
+    torch_dtype,
+)
+
+RESULT_FILE, PLOT_FILE = "compare.json", "compare.png"
+HELD_OUT = "held-out Wikipedia"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Effort:
+    """What ``--quick`` decides where the user does not."""
+
+    tokens: int
+    steps: int
+    distill_steps: int
+    windows: int
+    workload: Workload
+
+
+_QUICK = _Effort(16384, 25, 0, QUICK_WINDOWS, Workload(prompt_tokens=128, new_tokens=16, repeats=3))
+_FULL = _Effort(65536, 100, 200, 0, Workload(prompt_tokens=128, new_tokens=48, repeats=5))
+
+
+def compare_methods(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="What to compress; see 'fips --help'.")],
+    ratios: Annotated[str, typer.Option(help="MLP bytes to keep, comma-separated.")] = "0.75,0.6,0.5",
+    patterns: Annotated[
+        str, typer.Option(help="Patterns of the factors, comma-separated.")
+    ] = "bitmap,block:32x32",
+    methods: Annotated[
+        str | None, typer.Option(help="Some of the methods, comma-separated, by the names in the table.")
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="Little text, 25 training steps, no distillation: shows the order, not the best."
+        ),
+    ] = False,
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for compare.json and compare.png; what it holds is not measured again."),
+    ] = Path("compare-out"),
+    calib: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 text to calibrate on. Default: the Wikipedia extract of the gensim package."
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="UTF-8 text file to score, more than once for several. Default: a part of the "
+            "Wikipedia extract that does not calibrate."
+        ),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Calibration tokens.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Training steps per group.")] = None,
+    distill_steps: Annotated[int | None, typer.Option(min=0, help="Steps of the last stage.")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=0, help="Score the first N windows of each text; 0 scores all.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated; every cell is measured with each.")] = "0",
+    dtype: Annotated[DType, typer.Option(help="Of the weights and of the bytes.")] = DType.bfloat16,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Compare FiPS with pruning and low rank: equal bytes, equal data, equal training.
+
+    Every method is a recipe of the same code and works from one calibration. Perplexity is relative to the
+    dense model, in the closed form and after every training stage; speed is measured in turns with the dense
+    model. Interrupted, the same command goes on where it stopped.
+
+    Examples:
+
+    - `fips compare demo:smollm2 --ratios 0.75,0.6,0.5 --quick`
+    - `fips compare ./my-llama --ratios 0.6 --methods fips:bitmap,wanda:bitmap --text my.txt --out mine`
+    """
+    effort = _QUICK if quick else _FULL
+    common = {
+        "calibration_tokens": effort.tokens if tokens is None else tokens,
+        "steps": effort.steps if steps is None else steps,
+        "distill_steps": effort.distill_steps if distill_steps is None else distill_steps,
+    }
+    limit = effort.windows if windows is None else windows
+    wanted, seed_list = _chosen_methods(patterns, methods), _numbers("--seeds", seeds, int)
+    # Everything that can refuse does so before the minutes of work.
+    try:
+        ratio_list = _numbers("--ratios", ratios, float)
+        for ratio, seed in itertools.product(ratio_list, seed_list):
+            Recipe(ratio=ratio, seed=seed)
+    except InvalidArgument as error:
+        raise typer.BadParameter(str(error)) from error
+    check_device(device)
+    _check_plot()
+    from ..comparison import Cell, Results, Settings
+    from ..comparison.plot import plot
+
+    cells = [Cell(method, ratio) for ratio in ratio_list for method in wanted]
+
+    content = calibration_text(calib)
+    scored = {path.name: held_out_text(path) for path in text} if text else {HELD_OUT: held_out_text()}
+    quiet_transformers()
+    note(f"loading {model}")
+    dense, tokenizer = load_model(model, torch_dtype(dtype), device)
+    ids = {name: token_windows(t, tokenizer, CONTEXT, limit or None) for name, t in scored.items()}
+    setting = {
+        "model": model,
+        "dtype": dtype.value,
+        "calibration_text": "Wikipedia" if calib is None else calib.name,
+        "windows": {name: list(w.shape) for name, w in ids.items()},
+    }
+    results = Results(out / RESULT_FILE, setting, _notes())
+
+    def quality(scored_model: nn.Module) -> dict[str, Any]:
+        found = {name: perplexity(scored_model, w).to_dict() for name, w in ids.items()}
+        return {
+            name: {"name": "perplexity", "value": fields["perplexity"], **fields}
+            for name, fields in found.items()
+        }
+
+    def speed(first: nn.Module, second: nn.Module) -> dict[str, Any]:
+        return compare(first, second, effort.workload).to_dict()
+
+    settings = [Settings({**common, "seed": seed}, quality, speed) for seed in seed_list]
+    rows = []
+    for chosen in settings:
+        rows += _run(dense, tokenizer, content, cells, chosen, results)
+    plot(results, rows, next(iter(ids)), out / PLOT_FILE)
+    if as_json:
+        print_json({"dense": results.dense, "rows": [dataclasses.asdict(row) for row in rows]})
+        return
+    for name in ids:
+        stdout().print(_table(results, rows, name))
+    stdout().print(f"wrote {out / RESULT_FILE} and {out / PLOT_FILE}", soft_wrap=True)
+
+
+def _run(
+    dense: nn.Module, tokenizer: Any, content: str, cells: list, settings: Any, results: Any
+) -> list[Any]:
+    """Calibrate if anything is to be measured, and measure."""
+    from ..comparison import run_cells
+    from ..train import batches_for, calibrate
+
+    if all(results.find(cell.method.name, settings.recipe(cell)) for cell in cells):
+        return run_cells(dense, cells, None, settings, results)
+    recipe = settings.common
+    kept = batches_for(recipe["distill_steps"])
+    tokens = recipe["calibration_tokens"]
+    data = calibration_windows(content, tokenizer, tokens, kept)
+    with progress_bar("calibrating") as progress:
+        calibration = calibrate(
+            dense, data, tokens, keep_batches=kept, seed=recipe["seed"], progress=progress
+        )
+    with calibration, progress_bar("comparing") as progress:
+        return run_cells(dense, cells, calibration, settings, results, note=note, progress=progress)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    try:
+        numbers = [kind(part) for part in _split(text)]
+    except ValueError as error:
+        raise typer.BadParameter(f"{option}: got {text!r}; expected comma-separated numbers") from error
+    if not numbers:
+        raise typer.BadParameter(f"{option}: got {text!r}; expected at least one number")
+    return numbers
+
+
+def _chosen_methods(patterns: str, names: str | None) -> list[Any]:
+    from ..comparison import methods_of
+
+    try:
+        methods = methods_of(_split(patterns))
+    except InvalidArgument as error:
+        raise typer.BadParameter(str(error)) from error
+    if names is None:
+        return methods
+    known = {method.name: method for method in methods}
+    unknown = [name for name in _split(names) if name not in known]
+    if unknown or not _split(names):
+        raise typer.BadParameter(
+            f"--methods: got {names!r}; with these patterns there are {', '.join(known)}"
+        )
+    return [known[name] for name in _split(names)]
+
+
+def _check_plot() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("the plot needs matplotlib; pip install 'fips_ext[plot]'")
+
+
+def _notes() -> dict[str, Any]:
+    """What a reader of the file needs to measure it again."""
+    return {
+        "command": shlex.join(["fips", *sys.argv[1:]]),
+        "machine": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "fips_ext": __version__,
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _table(results: Any, rows: list[Any], text: str) -> Table:
+    from ..comparison.results import STAGES
+
+    dense = results.dense[text]["value"]
+    stages = [stage for stage in STAGES if any(stage in row.quality for row in rows)]
+    timed = ("decode", "prefill")
+    title = f"perplexity over dense ({dense:.2f}), {text}"
+    table = Table("ratio", "method", "MLP bytes", "file", "MACs", *stages, *timed, title=title)
+    for ratio in dict.fromkeys(row.ratio for row in rows):
+        table.add_section()
+        for row in (row for row in rows if row.ratio == ratio):
+            quality = [row.quality.get(stage) for stage in stages]
+            table.add_row(
+                f"{ratio:g}",
+                row.method + (f" (seed {row.seed})" if row.seed else ""),
+                f"{row.mlp_ratio:.3f}",
+                f"{row.model_ratio:.3f}",
+                f"{row.macs_ratio:.2f}",
+                *("–" if q is None else f"{q[text]['value'] / dense:.3f}" for q in quality),
+                *(f"{row.speed[f'{what}_ratio']:.2f} ×" if row.speed else "–" for what in timed),
+            )
+    return table

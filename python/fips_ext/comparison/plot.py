@@ -1,0 +1,65 @@
+"""Quality against bytes, and against measured latency."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from .results import STAGES, Results, Row
+
+_MARKERS = "os^Dv<>P*X"
+_DASHES = {"bitmap": "-", "block": "--", "low rank": ":"}
+
+
+def plot(results: Results, rows: list[Row], text: str, path: Path) -> None:
+    """Write a picture (the suffix decides the format).
+
+    Every method is a line over its ratios: hollow marks after the closed form, full ones after its last
+    stage. Seeds are points of their own.
+
+    Args:
+        text: whose quality is drawn.
+    """
+    dense = results.dense[text]["value"]
+    timed = any(row.speed for row in rows)
+    figure, axes = plt.subplots(
+        1, 1 + timed, squeeze=False, figsize=(6 + 5 * timed, 5), layout="constrained", sharey=True
+    )
+    panels = [("MLP bytes, compressed over dense", lambda row: row.mlp_ratio)]
+    if timed:
+        panels.append(("time per decoded token, compressed over dense", _latency))
+    for axis, (label, value) in zip(axes[0], panels, strict=True):
+        for number, method in enumerate(dict.fromkeys(row.method for row in rows)):
+            mine = sorted((row for row in rows if row.method == method), key=lambda row: row.ratio)
+            mine = [row for row in mine if value(row) is not None]
+            if not mine:
+                continue
+            x = [value(row) for row in mine]
+            last = [row.last[text]["value"] / dense for row in mine]
+            first = [row.quality[STAGES[0]][text]["value"] / dense for row in mine]
+            style = {
+                "color": f"C{number % 10}",
+                "marker": _MARKERS[number % len(_MARKERS)],
+                "linestyle": _DASHES[mine[0].family.partition(":")[0]],
+            }
+            axis.plot(x, last, label=method, **style)
+            if any(len(row.quality) > 1 for row in mine):
+                axis.plot(x, first, **{**style, "linestyle": "none"}, markerfacecolor="none", alpha=0.6)
+        axis.set_xlabel(label)
+        axis.set_yscale("log")
+        axis.grid(True, which="both", alpha=0.25)
+    axes[0][0].set_ylabel(f"{results.dense[text]['name']} over dense, {text}")
+    axes[0][0].legend(fontsize="small")
+    figure.suptitle(
+        f"{results.setting['model']}: full marks after the last stage, hollow after the closed form"
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _latency(row: Row) -> float | None:
+    return row.speed and 1 / row.speed["decode_ratio"]

@@ -1,0 +1,135 @@
+"""Measuring the cells of a comparison: every method from one calibration, looked at after every stage."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .._compress import Compression
+from ..errors import BudgetError
+from ..recipe import Recipe
+from ..train import Calibration
+from .methods import Method
+from .results import Results, Row
+
+Evaluate = Callable[[nn.Module], dict[str, Any]]
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One method at one ratio."""
+
+    method: Method
+    ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How cells are measured.
+
+    Attributes:
+        common: recipe fields that all methods share.
+        evaluate: the quality of a model, per text.
+        speed: of a compressed model beside the dense one; None measures none.
+    """
+
+    common: dict[str, Any]
+    evaluate: Evaluate
+    speed: Callable[[nn.Module, nn.Module], dict[str, Any]] | None = None
+
+    def recipe(self, cell: Cell) -> Recipe:
+        return cell.method.recipe(cell.ratio, **self.common)
+
+
+def run_cells(
+    model: nn.Module,
+    cells: list[Cell],
+    calibration: Calibration | None,
+    settings: Settings,
+    results: Results,
+    *,
+    note: Callable[[str], None] = lambda _: None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Measure what ``results`` does not hold yet.
+
+    Args:
+        model: the dense one; it is left as it is.
+        calibration: of ``model``; None where nothing is left to measure.
+        progress: called with (cells done, cells).
+
+    Returns:
+        The rows of ``cells``, in their order; a cell whose bytes no plan can meet is noted and left out.
+    """
+    if results.dense is None:
+        results.dense = settings.evaluate(model)
+        results.save()
+    rows = []
+    for number, cell in enumerate(cells):
+        recipe = settings.recipe(cell)
+        row = results.find(cell.method.name, recipe)
+        if row is None:
+            note(f"{cell.method.name} at {cell.ratio}")
+            try:
+                row = _measure(model, cell, calibration, settings)
+            except BudgetError as error:
+                note(f"left out: {error}")
+            else:
+                results.add(row)
+        if row is not None:
+            rows.append(row)
+        if progress is not None:
+            progress(number + 1, len(cells))
+    return rows
+
+
+def _measure(model: nn.Module, cell: Cell, calibration: Calibration, settings: Settings) -> Row:
+    compressed = copy.deepcopy(model)
+    recipe = settings.recipe(cell)
+    run = Compression(compressed, recipe)
+    quality: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+
+    def look(stage: str) -> None:
+        nonlocal start
+        seconds[stage] = time.perf_counter() - start
+        with run.rounded():
+            quality[stage] = settings.evaluate(compressed)
+        start = time.perf_counter()
+
+    run.plan(calibration)
+    for group in run.groups:
+        run.initialise(group)
+        run.install(group)
+    look("closed form")
+    if recipe.steps > 0:
+        for group in run.groups:
+            run.train(group)
+        look("trained")
+    if recipe.distill_steps > 0:
+        run.distill()
+        look("distilled")
+    with run.rounded():
+        report = run.report()
+        speed = None if settings.speed is None else settings.speed(model, compressed)
+    return Row(
+        method=cell.method.name,
+        family=cell.method.family,
+        ratio=cell.ratio,
+        seed=recipe.seed,
+        quality=quality,
+        mlp_ratio=report.mlp_ratio,
+        linear_ratio=report.linear_ratio,
+        model_ratio=report.model_ratio,
+        macs_ratio=report.macs_ratio,
+        speed=speed,
+        seconds=seconds,
+        recipe=recipe.to_dict(),
+    )
