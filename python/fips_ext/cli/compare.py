@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-import platform
 import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 from torch import nn
 
-from .. import __version__
 from ..errors import InvalidArgument
 from ..evaluate import CONTEXT, QUICK_WINDOWS, perplexity
 from ..integrations.text import calibration_text, calibration_windows, held_out_text, token_windows
@@ -125,7 +122,7 @@ def compare_methods(
         raise typer.BadParameter(str(error)) from error
     check_device(device)
     _check_plot()
-    from ..comparison import Cell, Results, Settings
+    from ..comparison import Cell, Results, Settings, provenance
     from ..comparison.plot import plot
 
     cells = [Cell(method, ratio) for ratio in ratio_list for method in wanted]
@@ -142,7 +139,7 @@ def compare_methods(
         "calibration_text": "Wikipedia" if calib is None else calib.name,
         "windows": {name: list(w.shape) for name, w in ids.items()},
     }
-    results = Results(out / RESULT_FILE, setting, _notes())
+    results = Results(out / RESULT_FILE, setting, provenance(shlex.join(["fips", *sys.argv[1:]])))
 
     def quality(scored_model: nn.Module) -> dict[str, Any]:
         found = {name: perplexity(scored_model, w).to_dict() for name, w in ids.items()}
@@ -223,27 +220,6 @@ def _chosen_methods(patterns: str, names: str | None) -> list[Any]:
 def _check_plot() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("the plot needs matplotlib; pip install 'fips_ext[plot]'")
-
-
-def _notes() -> dict[str, Any]:
-    """What a reader of the file needs to measure it again."""
-    return {
-        "command": shlex.join(["fips", *sys.argv[1:]]),
-        "machine": {
-            "processor": _processor(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "fips_ext": __version__,
-        },
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _table(results: Any, rows: list[Any], text: str) -> Table:

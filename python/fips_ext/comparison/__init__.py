@@ -1,7 +1,7 @@
 """Comparing ways to compress one model at equal bytes, on equal data, with equal training."""
 
 from .methods import Method, methods_of
-from .results import Results, Row
+from .results import Results, Row, provenance
 from .run import Cell, Settings, run_cells
 
-__all__ = ["Cell", "Method", "Results", "Row", "Settings", "methods_of", "run_cells"]
+__all__ = ["Cell", "Method", "Results", "Row", "Settings", "methods_of", "provenance", "run_cells"]

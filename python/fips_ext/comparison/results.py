@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .._atomic import replace_file
 from ..errors import InvalidArgument
@@ -102,3 +105,25 @@ class Results:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """What a reader of a result file needs to measure it again."""
+    return {
+        "command": command,
+        "machine": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "fips": json.loads(torch.ops.fips.build_info()),
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

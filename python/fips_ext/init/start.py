@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..budget import Plan
+from ..layout import to_blocks
 from ..recipe import Recipe
+from .cluster import balanced_assignment
 from .mask import base_energy, saliency, select_in_pools, select_per_output, units
 from .problem import SliceProblem
 from .refit import refit_base, refit_values
@@ -17,6 +19,7 @@ from .rotate import rotate
 from .svd import shared_basis, whitened_columns
 
 _ROTATIONS = 12
+_ARRANGEMENTS = 4  # of blocks: rounds of rotating and gathering
 _SWEEPS = 2
 
 
@@ -47,9 +50,10 @@ def factorise(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe)
         recipe: pattern, kind of base, refit.
     """
     keys = [(i, role) for i, layer in enumerate(layers) for role in layer]
-    group = _Group.of(layers, plan, recipe)
-    orders = group.sort_neurons(len(layers[0]))
-    bases, values = group.start(_ROTATIONS if recipe.base == "shared" else 0)
+    group = _Group(layers, plan, recipe)
+    group.sort_neurons()
+    group.arrange()
+    bases, values = group.start()
     candidates = [group.masks(bases, values)]
     if plan.identity and plan.rank > 0:
         # The two parts overlap, so a score of one entry alone says little about them together: try both.
@@ -60,70 +64,106 @@ def factorise(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe)
     per_layer: list[tuple[dict, dict]] = [({}, {}) for _ in layers]
     for (i, role), v, mask in zip(keys, values, masks, strict=True):
         per_layer[i][0][role], per_layer[i][1][role] = v, mask
-    return Factors(bases, plan.identity, [v for v, _ in per_layer], [m for _, m in per_layer], orders)
+    return Factors(bases, plan.identity, [v for v, _ in per_layer], [m for _, m in per_layer], group.orders)
 
 
 def unit_scores(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe) -> list[Tensor]:
     """What dropping each unit of a group adds to its error, one tensor per slice; see :func:`factorise`."""
-    group = _Group.of(layers, plan, recipe)
-    group.sort_neurons(len(layers[0]))
-    scores = group.scores(*group.start(0))
+    group = _Group(layers, plan, recipe)
+    group.sort_neurons()
+    scores = group.scores(*group.start())
     return [units(score, plan.pattern) for score in scores]
 
 
-@dataclasses.dataclass
 class _Group:
-    """The slices of all layers in one list, layer by layer.
+    """The slices of all layers in one list, layer by layer, and how far they are arranged.
 
     Attributes:
+        slices: normalised, columns in the order of ``orders``.
         base_of: the base of each slice.
         num_bases: 1 or 2.
-        pool: slices, in order, whose entries compete: those of a layer, or all; 0 where those of one output
-            feature do.
-        output_axes: which axis of each slice numbers the output features of its matrix.
+        roles: slices of one layer.
+        orders: per layer, which hidden neuron each column is.
     """
 
-    slices: list[SliceProblem]
-    base_of: list[int]
-    num_bases: int
-    pool: int
-    output_axes: list[int]
-    plan: Plan
+    def __init__(self, layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe) -> None:
+        self.plan = plan
+        self.slices = [problem.normalised() for layer in layers for problem in layer.values()]
+        self.num_bases = 2 if plan.bases == 2 else 1
+        self.base_of = [self.num_bases - 1 if role == "down" else 0 for layer in layers for role in layer]
+        self.roles = len(layers[0])
+        # Slices, in order, whose entries compete: those of a layer, or all; 0: inside one output feature.
+        self._pool = {"output": 0, "layer": self.roles}.get(recipe.effective_ranking, len(self.slices))
+        self._output_axes = [0 if role == "down" else 1 for layer in layers for role in layer]
+        device = self.slices[0].weight.device
+        self.orders = [torch.arange(plan.shape.hidden, device=device) for _ in layers]
+        self._directions: list[Tensor] = []  # P of each base, orthonormal
+        self._roots: list[tuple[Tensor, Tensor]] = []
+        if plan.rank > 0:
+            for b in range(self.num_bases):
+                direction, *roots = shared_basis(self.of_base(b, self.slices), plan.rank)
+                self._directions.append(direction)
+                self._roots.append(tuple(roots))
 
-    @classmethod
-    def of(cls, layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe) -> _Group:
-        slices = [problem.normalised() for layer in layers for problem in layer.values()]
-        num_bases = 2 if plan.bases == 2 else 1
-        base_of = [num_bases - 1 if role == "down" else 0 for layer in layers for role in layer]
-        pool = {"output": 0, "layer": len(layers[0])}.get(recipe.effective_ranking, len(slices))
-        axes = [0 if role == "down" else 1 for layer in layers for role in layer]
-        return cls(slices, base_of, num_bases, pool, axes, plan)
-
-    def sort_neurons(self, roles: int) -> list[Tensor]:
-        """Order the hidden neurons of each layer by importance; returns the orders.
+    def sort_neurons(self) -> None:
+        """Order the hidden neurons of each layer by importance.
 
         Which neuron is which column is arbitrary, as long as all slices of a layer agree. Sorted, columns of
         similar importance share blocks, and blocks differ more from each other: more of the error is in few
         of them. Entries on their own are not helped.
         """
-        hidden = self.plan.shape.hidden
-        layers = range(0, len(self.slices), roles)
         if self.plan.pattern.kind != "block":
-            return [torch.arange(hidden) for _ in layers]
-        scores = self.scores(*self.start(0))
-        orders = []
-        for first in layers:
-            members = slice(first, first + roles)
-            order = (
-                torch.stack([s.sum(0) for s in scores[members]]).sum(0).argsort(descending=True, stable=True)
-            )
-            self.slices[members] = [s.permuted(order) for s in self.slices[members]]
-            orders.append(order)
-        return orders
+            return
+        importance = [score.sum(0) for score in self.scores(*self.start())]
+        for layer in range(len(self.orders)):
+            total = sum(importance[layer * self.roles : (layer + 1) * self.roles])
+            self._permute(layer, total.argsort(descending=True, stable=True))
 
-    def start(self, rotations: int) -> tuple[list[Tensor], list[Tensor]]:
+    def arrange(self) -> None:
+        """Make structure: rotate the bases towards the pattern, gather neurons that need the same blocks."""
+        if self.plan.density >= 1:
+            return
+        blocks = self.plan.pattern.kind == "block"
+        for _ in range(_ARRANGEMENTS if blocks else 1):
+            self._rotate(_ROTATIONS // _ARRANGEMENTS if blocks else _ROTATIONS)
+            if blocks:
+                self._gather()
+
+    def _permute(self, layer: int, order: Tensor) -> None:
+        self.orders[layer] = self.orders[layer][order]
+        members = slice(layer * self.roles, (layer + 1) * self.roles)
+        self.slices[members] = [s.permuted(order) for s in self.slices[members]]
+
+    def _gather(self) -> None:
+        """Regroup the neurons of each layer for the blocks that would be kept now."""
+        scores = self.scores(*self.start())
+        masks = self._select(scores)
+        bk, bn = self.plan.pattern.block
+        for layer in range(len(self.orders)):
+            members = range(layer * self.roles, (layer + 1) * self.roles)
+            # Per block row of all slices: what each neuron has in it, and which block columns keep it.
+            energy = torch.cat([to_blocks(scores[i], (bk, 1)).sum((-2, -1)) for i in members], 1)
+            kept = torch.cat([masks[i][::bk, ::bn] for i in members])
+            columns = kept.shape[1]
+            capacities = torch.full((columns,), bn, device=energy.device)
+            capacities[-1] -= columns * bn - energy.shape[0]
+            gains = energy @ kept.to(energy.dtype)
+            now = torch.arange(energy.shape[0], device=energy.device) // bn
+            clusters = balanced_assignment(gains, capacities)
+            if _total(gains, clusters) > _total(gains, now):
+                self._permute(layer, clusters.argsort(stable=True))
+
+    def _rotate(self, iterations: int) -> None:
+        if self.plan.rank == 0 or self.plan.identity:
+            return
+        targets = [
+            whitened_columns(self.of_base(b, self.slices), root) for b, (root, _) in enumerate(self._roots)
+        ]
+        self._directions = rotate(targets, self._directions, self._project, iterations)
+
+    def start(self) -> tuple[list[Tensor], list[Tensor]]:
         """Bases and the values of every slot, before anything is dropped."""
-        bases, values = self.low_rank(rotations)
+        bases, values = self._low_rank()
         if self.plan.identity:
             values = [torch.cat([v, s.weight - bases[b] @ v]) for s, v, b in self.zip(values)]
         return bases, values
@@ -134,23 +174,14 @@ class _Group:
     def of_base(self, index: int, items: list) -> list:
         return [item for item, b in zip(items, self.base_of, strict=True) if b == index]
 
-    def low_rank(self, rotations: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Dense bases and the full V of every slice, rotated towards sparsity."""
-        rank = self.plan.rank
-        if rank == 0:
+    def _low_rank(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Dense bases and the full V of every slice."""
+        if self.plan.rank == 0:
             width = self.slices[0].weight.shape[0]
             empty = self.slices[0].weight.new_zeros(width, 0)
             return [empty] * self.num_bases, [s.weight.new_zeros(0, s.weight.shape[1]) for s in self.slices]
-        parts = [shared_basis(self.of_base(b, self.slices), rank) for b in range(self.num_bases)]
-        directions = [p for p, _, _ in parts]
-        if rotations and self.plan.density < 1:
-            targets = [
-                whitened_columns(self.of_base(b, self.slices), root) for b, (_, root, _) in enumerate(parts)
-            ]
-            directions = rotate(targets, directions, self._project, rotations)
-        bases, values = [], []
-        maps = []
-        for p, (_, root, inverse) in zip(directions, parts, strict=True):
+        bases, maps = [], []
+        for p, (root, inverse) in zip(self._directions, self._roots, strict=True):
             u = inverse @ p
             # Unit columns: entries of U are then of one size, and so are the rows of V as far as they can be.
             norms = u.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
@@ -182,14 +213,14 @@ class _Group:
         ]
 
     def _select(self, scores: list[Tensor]) -> list[Tensor]:
-        if self.pool == 0:
+        if self._pool == 0:
             slices = len(scores)
             counts = [
                 (i + 1) * self.plan.count // slices - i * self.plan.count // slices for i in range(slices)
             ]
-            parts = zip(scores, counts, self.output_axes, strict=True)
+            parts = zip(scores, counts, self._output_axes, strict=True)
             return [select_per_output(score, count, axis) for score, count, axis in parts]
-        pools = [scores[i : i + self.pool] for i in range(0, len(scores), self.pool)]
+        pools = [scores[i : i + self._pool] for i in range(0, len(scores), self._pool)]
         return list(chain(*select_in_pools(pools, self.plan.count, self.plan.pattern)))
 
     def finish(
@@ -214,3 +245,7 @@ class _Group:
         rank = base.shape[1]
         product = base @ v[:rank]
         return product + v[rank:] if self.plan.identity else product
+
+
+def _total(gains: Tensor, clusters: Tensor) -> float:
+    return float(gains.gather(1, clusters.unsqueeze(1)).double().sum())
