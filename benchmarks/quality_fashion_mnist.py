@@ -9,10 +9,7 @@ training images without labels; all 10,000 test images are scored.
 
 from __future__ import annotations
 
-import argparse
 import gzip
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from quality_common import parser, run
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
-
-from fips_ext import calibrate
-from fips_ext.comparison import Cell, Results, Settings, methods_of, provenance, run_cells
-from fips_ext.comparison.plot import plot
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 MEAN, DEVIATION = 0.2860, 0.3530  # of the training images
@@ -106,21 +100,15 @@ def batches(images: Tensor, seed: int) -> Iterator[Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser(
+        __doc__,
+        patterns=["bitmap:32x64", "block:32x32", "block:16x16"],
+        group_size=3,
     )
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--cache", type=Path, default=Path("fashion-mnist-vit.pt"))
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.75, 0.6, 0.5, 0.4, 0.25])
-    parser.add_argument("--patterns", nargs="+", default=["bitmap:32x64", "block:32x32", "block:16x16"])
-    parser.add_argument("--images", type=int, default=640, help="to calibrate on")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--distill-steps", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-
+    options.add_argument("--data", type=Path, default=DATA)
+    options.add_argument("--cache", type=Path, default=Path("fashion-mnist-vit.pt"))
+    options.add_argument("--epochs", type=int, default=12)
+    arguments = options.parse_args()
     images, labels = load(arguments.data, "train")
     test = load(arguments.data, "t10k")
     if arguments.cache.exists():
@@ -131,35 +119,12 @@ def main() -> None:
         model = train(images, labels, arguments.epochs, arguments.seed)
         torch.save(model.state_dict(), arguments.cache)
 
-    def evaluate(compressed: nn.Module) -> dict[str, Any]:
-        return {"test images": {"name": "top-1 error in %", "value": error_rate(compressed, *test)}}
+    def evaluate(compressed: nn.Module) -> dict[str, dict[str, Any]]:
+        value = error_rate(compressed, *test)
+        return {"test images": {"name": "top-1 error in %", "value": value, "relative": False}}
 
-    tokens = arguments.images * (1 + (MODEL["image_size"] // MODEL["patch_size"]) ** 2)
-    common = {
-        "calibration_tokens": tokens,
-        "steps": arguments.steps,
-        "distill_steps": arguments.distill_steps,
-        "group_size": 3,
-        "seed": arguments.seed,
-    }
-    setting = {"model": "ViT on Fashion-MNIST", "dtype": "float32", "epochs": arguments.epochs}
-    results = Results(arguments.out / "compare.json", setting, provenance(shlex.join(["python", *sys.argv])))
-    cells = [Cell(m, ratio) for ratio in arguments.ratios for m in methods_of(arguments.patterns)]
-    with calibrate(
-        model,
-        batches(images, arguments.seed),
-        tokens,
-        keep_batches=arguments.distill_steps + 8,
-        seed=arguments.seed,
-    ) as calibration:
-        rows = run_cells(model, cells, calibration, Settings(common, evaluate), results, note=print)
-    plot(results, rows, "test images", arguments.out / "compare.png")
-    dense = 100 - results.dense["test images"]["value"]
-    print(f"dense: top-1 {dense:.2f}")
-    for row in rows:
-        stages = {stage: 100 - q["test images"]["value"] - dense for stage, q in row.quality.items()}
-        points = ", ".join(f"{stage} {change:+.2f}" for stage, change in stages.items())
-        print(f"{row.ratio:g} {row.method}: {row.mlp_ratio:.3f} of the bytes; points: {points}")
+    name = "ViT on Fashion-MNIST"
+    run(name, model, batches(images, arguments.seed), evaluate, arguments, epochs=arguments.epochs)
 
 
 if __name__ == "__main__":

@@ -88,11 +88,40 @@ def test_stages_of_other_widths_are_other_groups() -> None:
     assert len({m.width for m in shared_mlps(model).values()}) == 2
 
 
-@pytest.mark.parametrize("base", ["shared", "identity", "both"])
+@pytest.mark.parametrize("pattern", ["bitmap:16x16", "block:16x16"])
+def test_auto_takes_the_better_base_of_each_group(pattern: str) -> None:
+    """One block has weights of few directions, the others are sparse already."""
+    found = {}
+    for base in ("shared", "identity", "auto"):
+        torch.manual_seed(1)
+        model, x = build("llama")
+        with torch.no_grad():
+            for layer in (0, 2):
+                for weight in model.model.layers[layer].mlp.parameters():
+                    edge = 16 if pattern.startswith("block") else 1
+                    kept = torch.rand(weight.shape[0] // edge, weight.shape[1] // edge) < 0.5
+                    weight.mul_(kept.repeat_interleave(edge, 0).repeat_interleave(edge, 1))
+            directions = torch.randn(32, 6)
+            for name, linear in model.model.layers[1].mlp.named_children():
+                if isinstance(linear, torch.nn.Linear):
+                    product = directions @ torch.randn(6, 64)
+                    linear.weight.copy_(product if name == "down_proj" else product.t())
+        fields = {"ratio": 0.8, "group_size": 1, "steps": 0, "ranking": "group", "pattern": pattern}
+        found[base] = compress(model, recipe(base=base, **fields), [x] * 8)
+    auto = found["auto"].layers
+    assert found["auto"].mlp_ratio <= 0.8
+    assert auto[1].base.startswith("U")
+    assert "I" in {layer.base for layer in auto}
+    for index, layer in enumerate(auto):
+        same = found["identity" if layer.base == "I" else "shared"].layers[index]
+        assert (layer.error_before, layer.nbytes) == (same.error_before, same.nbytes)
+
+
+@pytest.mark.parametrize("base", ["auto", "shared", "identity", "both"])
 @pytest.mark.parametrize("pattern", ["bitmap:16x16", "block:16x16", "dense:16x16"])
 @pytest.mark.parametrize("per_role", [False, True])
 def test_every_recipe(base: str, pattern: str, per_role: bool) -> None:
-    if pattern.startswith("dense") and base != "shared":
+    if pattern.startswith("dense") and base in ("identity", "both"):
         with pytest.raises(BudgetError):
             compressed("vit", base=base, pattern=pattern, per_role=per_role)
         return

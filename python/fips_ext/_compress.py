@@ -16,7 +16,7 @@ from torch import nn
 
 from . import budget
 from ._structure import describe
-from .errors import InvalidArgument
+from .errors import BudgetError, InvalidArgument
 from .init import Factors, ScoreCurve, SliceProblem, allocate, factorise, unit_scores
 from .layout import BlockSparse
 from .nn import SharedBase, SharedMLP, SparseFactor
@@ -117,10 +117,7 @@ class Compression:
             check_weights(mlp)
         members = group_mlps(self._mlps, recipe.group_size)
         starts = itertools.accumulate(map(len, members), initial=0)
-        self.groups = [
-            Group(mlps, first, budget.solve(recipe, shape_of(mlps)))
-            for mlps, first in zip(members, starts, strict=False)
-        ]
+        self.groups = [Group.of(mlps, first, recipe) for mlps, first in zip(members, starts, strict=False)]
         _check_rank(recipe, self._mlps)
         self._dense_bytes = _model_bytes(model)
         self._calibration: Calibration | None = None
@@ -146,12 +143,12 @@ class Compression:
             ]
             plans = allocate(plans, curves, [plan.least_count for plan in plans])
             for group, plan in zip(self.groups, plans, strict=True):
-                group.plan = plan
+                group.plan, group.budget = plan, plan.nbytes
 
     def initialise(self, group: Group) -> None:
         """The closed form, float32, not yet in the model."""
         start = time.perf_counter()
-        factors = factorise(self._problems(group), group.plan, self.recipe)
+        factors = self._factorise(group)
         device = group.mlps[0].up.weight.device
         group.shared = [mlp.to(device) for mlp in build(group.mlps, factors, group.plan)]
         self.meter.advance()
@@ -220,6 +217,19 @@ class Compression:
     def _shared(self) -> list[SharedMLP]:
         return [mlp for group in self.groups for mlp in group.shared]
 
+    def _factorise(self, group: Group) -> Factors:
+        """With the best of the bases that the recipe allows, at the same bytes; settles ``group.plan``."""
+        problems = self._problems(group)
+        best = factorise(problems, group.plan, self.recipe)
+        for base in self.recipe.bases[1:] if not group.plan.identity else ():
+            with contextlib.suppress(BudgetError):
+                recipe = dataclasses.replace(self.recipe, base=base, rank=None)
+                plan = budget.solve(recipe, group.plan.shape, group.budget)
+                other = factorise(problems, plan, self.recipe)
+                if other.error < best.error:
+                    best, group.plan = other, plan
+        return best
+
     def _problems(self, group: Group) -> list[dict[str, SliceProblem]]:
         """What the initialiser minimises, per layer."""
         if self._calibration is None or self.recipe.init == "svd":
@@ -238,6 +248,7 @@ class Group:
         mlps: the dense ones.
         first: number of the first one in the model.
         plan: how it spends its bytes.
+        budget: the bytes it may spend.
         shared: the compressed ones, once initialised.
         before, after: errors as in :class:`LayerReport`, once trained.
         seconds: spent so far.
@@ -246,10 +257,16 @@ class Group:
     mlps: list[DenseMLP]
     first: int
     plan: budget.Plan
+    budget: int
     shared: list[SharedMLP] = dataclasses.field(default_factory=list)
     before: list[float] | None = None
     after: list[float] | None = None
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, mlps: list[DenseMLP], first: int, recipe: Recipe) -> Group:
+        shape = shape_of(mlps)
+        return cls(mlps, first, budget.solve(recipe, shape), budget.allowed_bytes(recipe, shape))
 
     def round(self) -> None:
         """Bring the factors to the dtype of the model."""
@@ -263,7 +280,17 @@ class Group:
         for dense, shared, (before, after) in zip(self.mlps, self.shared, errors, strict=True):
             size = sum(p.nbytes for linear in dense.linears().values() for p in linear.parameters())
             seconds = self.seconds / len(self.mlps)
-            reports.append(LayerReport(dense.name, size, budget.mlp_bytes([shared]), before, after, seconds))
+            reports.append(
+                LayerReport(
+                    dense.name,
+                    size,
+                    budget.mlp_bytes([shared]),
+                    before,
+                    after,
+                    seconds,
+                    _base_name(shared),
+                )
+            )
         return reports
 
 
@@ -352,6 +379,11 @@ class _Meter:
         self._done += work
         if self._progress is not None:
             self._progress(self._done, self._total)
+
+
+def _base_name(mlp: SharedMLP) -> str:
+    parts = [f"U{mlp.base.rank}"] if mlp.base.rank else []
+    return "+".join([*parts, *(["I"] if mlp.base.identity else [])])
 
 
 def _check_rank(recipe: Recipe, mlps: list[DenseMLP]) -> None:

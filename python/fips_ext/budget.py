@@ -6,6 +6,7 @@ in one dtype (arXiv 2411.09816 counts ``d·r + nnz(V)`` values only and forgets 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -119,8 +120,13 @@ class Plan:
         return dataclasses.replace(self, count=count, nbytes=nbytes)
 
 
-def solve(recipe: Recipe, shape: GroupShape) -> Plan:
+def solve(recipe: Recipe, shape: GroupShape, budget: int | None = None) -> Plan:
     """The plan of a group that meets ``recipe.ratio`` exactly or below, never above.
+
+    With ``base="auto"`` the plan is that of the first of ``recipe.bases`` that can meet it.
+
+    Args:
+        budget: bytes to meet instead.
 
     An unset rank becomes: for ``dense`` the largest that fits; for ``shared`` the largest up to ``d`` that
     leaves V a density of 0.2; for ``both`` about ``d / 16``. Ranks are multiples of ``bk``, or ``d``.
@@ -129,8 +135,13 @@ def solve(recipe: Recipe, shape: GroupShape) -> Plan:
         BudgetError: the ratio leaves less than one value (``block``: one block) per column of the grid; the
             message holds the smallest feasible ratio.
     """
+    for base in recipe.bases[:-1]:
+        with contextlib.suppress(BudgetError):
+            return solve(dataclasses.replace(recipe, base=base), shape, budget)
+    recipe = dataclasses.replace(recipe, base=recipe.bases[-1])
     pattern = recipe.parsed_pattern
-    budget = math.floor(recipe.ratio * shape.dense_bytes)
+    asked = recipe.ratio if budget is None else budget / shape.dense_bytes
+    budget = allowed_bytes(recipe, shape) if budget is None else budget
     plans = [_spend(recipe, shape, rank, budget) for rank in _ranks(recipe, shape)]
     feasible = [plan for plan in plans if plan is not None]
     if not feasible:
@@ -140,7 +151,7 @@ def solve(recipe: Recipe, shape: GroupShape) -> Plan:
         if smallest > 1:
             hint = "this pattern cannot save anything on MLPs this small or with this base; take another"
         raise BudgetError(
-            f"ratio: got {recipe.ratio}; the base, index and biases of {shape.layers} MLPs of "
+            f"ratio: got {asked:.4g}; the base, index and biases of {shape.layers} MLPs of "
             f"{shape.width}x{shape.hidden} with pattern {pattern} need at least {smallest:.4f}; {hint}"
         )
     if pattern.kind == "dense":
@@ -148,6 +159,11 @@ def solve(recipe: Recipe, shape: GroupShape) -> Plan:
     # Ranks increase, densities fall.
     roomy = [plan for plan in feasible if plan.density >= _LEAST_DENSITY]
     return roomy[-1] if roomy else feasible[0]
+
+
+def allowed_bytes(recipe: Recipe, shape: GroupShape) -> int:
+    """What ``recipe.ratio`` lets a group take."""
+    return math.floor(recipe.ratio * shape.dense_bytes)
 
 
 def slice_bytes(rows: int, cols: int, pattern: Pattern, blocks: int, values: int, element_size: int) -> int:

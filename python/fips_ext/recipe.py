@@ -55,7 +55,7 @@ class Recipe:
         group_size: consecutive transformer blocks that share a base.
         rank: stored base vectors per base; None lets the budget solver choose.
         base: ``shared`` = ``U``; ``identity`` = ``I`` (plain pruning); ``both`` = ``[U, I]`` (sparse + low
-            rank).
+            rank); ``auto`` = ``U`` or ``I``, in each group what has the smaller error in closed form.
         per_role: one base for the input side (fc1, gate, up) and one for the output side (fc2, down).
         sensitivity: what an error counts: ``loss``, what it adds to the divergence of the model's predictions
             from the dense model's; or ``output``, its share of the output of its own matrix.
@@ -78,7 +78,7 @@ class Recipe:
     pattern: str = "bitmap"
     group_size: int = 5
     rank: int | None = None
-    base: Literal["shared", "identity", "both"] = "shared"
+    base: Literal["auto", "shared", "identity", "both"] = "auto"
     per_role: bool = True
     sensitivity: Literal["loss", "output"] = "loss"
     ranking: Literal["output", "layer", "group", "model"] | None = None
@@ -112,7 +112,7 @@ class Recipe:
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise InvalidArgument(f"rank: got {self.rank!r}; expected None or a positive integer")
         for name, allowed in (
-            ("base", ("shared", "identity", "both")),
+            ("base", ("auto", "shared", "identity", "both")),
             ("sensitivity", ("loss", "output")),
             ("ranking", ("output", "layer", "group", "model", None)),
             ("init", ("whitened", "svd")),
@@ -143,6 +143,14 @@ class Recipe:
     def effective_ranking(self) -> Literal["output", "layer", "group", "model"]:
         """``ranking``, or what None stands for."""
         return self.ranking or ("model" if self.needs_loss else "layer")
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The kinds of base to choose from, the preferred one first."""
+        if self.base != "auto":
+            return (self.base,)
+        # A dense V over the identity is larger than the dense model.
+        return ("shared",) if self.parsed_pattern.kind == "dense" else ("shared", "identity")
 
     @property
     def parsed_pattern(self) -> Pattern:

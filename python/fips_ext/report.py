@@ -16,6 +16,7 @@ class LayerReport:
         error_before, error_after: ``Σ ‖y − dense y‖² / Σ ‖dense y‖²`` on held-out calibration tokens, before
             and after training; None where no data was used.
         seconds: this layer's share of the time of its group.
+        base: ``U`` with its rank, ``I`` for the identity, or both.
     """
 
     name: str
@@ -24,6 +25,7 @@ class LayerReport:
     error_before: float | None
     error_after: float | None
     seconds: float
+    base: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +82,11 @@ class Report:
             f"peak memory {self.peak_memory / 2**30:.2f} GiB.",
             "",
             *self._distilled(),
-            "| layer | dense bytes | bytes | ratio | error before training | error after | seconds |",
-            "|---|---|---|---|---|---|---|",
+            "| layer | base | dense bytes | bytes | ratio | error before training | error after | seconds |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {layer.name} | {layer.dense_bytes:,} | {layer.nbytes:,} | "
+            f"| {layer.name} | {layer.base} | {layer.dense_bytes:,} | {layer.nbytes:,} | "
             f"{layer.nbytes / layer.dense_bytes:.3f} | {_error(layer.error_before)} | "
             f"{_error(layer.error_after)} | {layer.seconds:.1f} |"
             for layer in self.layers

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fips_ext.init import SliceProblem
 from fips_ext.init.refit import refit_base, refit_values
 
-from .problems import random_slice
+from .problems import random_metric, random_slice
 
 F64 = torch.float64
 
@@ -71,3 +72,18 @@ def test_dead_rows_and_silent_slices_stay_finite() -> None:
     v = refit_values(problem, base, False, torch.zeros(3, 5), mask)
     assert v.isfinite().all()
     assert refit_base([problem], base, [v]).isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_weights_of_few_directions_stay_finite(scale: float) -> None:
+    """The start is exact, so there is nothing to gain but rounding."""
+    base = torch.linalg.qr(torch.randn(16, 16))[0]
+    v = torch.zeros(16, 40)
+    v[:3] = torch.randn(3, 40) * scale
+    problem = SliceProblem(base @ v, random_metric(16), torch.rand(40))
+    mask = torch.rand(16, 40) < 0.5
+    mask[:3] = True
+    found = refit_values(problem, base, False, v, mask, iterations=50)
+    torch.testing.assert_close(found, v, rtol=1e-3, atol=1e-4 * scale)
+    refitted = refit_base([problem], base, [found], iterations=50)
+    assert problem.error(refitted @ found) <= 1e-8 * problem.error(torch.zeros_like(problem.weight))

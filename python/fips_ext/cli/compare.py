@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 from torch import nn
 
+from .._atomic import replace_file
 from ..errors import InvalidArgument
 from ..evaluate import CONTEXT, QUICK_WINDOWS, perplexity
 from ..integrations.text import calibration_text, calibration_windows, held_out_text, token_windows
@@ -32,7 +33,7 @@ from .console import (
     torch_dtype,
 )
 
-RESULT_FILE, PLOT_FILE = "compare.json", "compare.png"
+RESULT_FILE, TABLE_FILE, PLOT_FILE = "compare.json", "compare.md", "compare.png"
 HELD_OUT = "held-out Wikipedia"
 
 
@@ -42,13 +43,14 @@ class _Effort:
 
     tokens: int
     steps: int
+    tokens_per_step: int
     distill_steps: int
     windows: int
     workload: Workload
 
 
-_QUICK = _Effort(16384, 25, 0, QUICK_WINDOWS, Workload(prompt_tokens=128, new_tokens=16, repeats=3))
-_FULL = _Effort(65536, 100, 200, 0, Workload(prompt_tokens=128, new_tokens=48, repeats=5))
+_QUICK = _Effort(32768, 12, 512, 0, QUICK_WINDOWS, Workload(prompt_tokens=128, new_tokens=16, repeats=3))
+_FULL = _Effort(65536, 100, 1024, 200, 0, Workload(prompt_tokens=128, new_tokens=48, repeats=5))
 
 
 def compare_methods(
@@ -63,12 +65,12 @@ def compare_methods(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Little text, 25 training steps, no distillation: shows the order, not the best."
+            "--quick", help="Little text, 12 training steps, no distillation: shows the order, not the best."
         ),
     ] = False,
     out: Annotated[
         Path,
-        typer.Option(help="Folder for compare.json and compare.png; what it holds is not measured again."),
+        typer.Option(help="Folder for results, table and plot; what it holds is not measured again."),
     ] = Path("compare-out"),
     calib: Annotated[
         Path | None,
@@ -109,6 +111,7 @@ def compare_methods(
     common = {
         "calibration_tokens": effort.tokens if tokens is None else tokens,
         "steps": effort.steps if steps is None else steps,
+        "tokens_per_step": effort.tokens_per_step,
         "distill_steps": effort.distill_steps if distill_steps is None else distill_steps,
     }
     limit = effort.windows if windows is None else windows
@@ -122,7 +125,7 @@ def compare_methods(
         raise typer.BadParameter(str(error)) from error
     check_device(device)
     _check_plot()
-    from ..comparison import Cell, Results, Settings, provenance
+    from ..comparison import Cell, Results, Settings, provenance, tabulate
     from ..comparison.plot import plot
 
     cells = [Cell(method, ratio) for ratio in ratio_list for method in wanted]
@@ -144,7 +147,7 @@ def compare_methods(
     def quality(scored_model: nn.Module) -> dict[str, Any]:
         found = {name: perplexity(scored_model, w).to_dict() for name, w in ids.items()}
         return {
-            name: {"name": "perplexity", "value": fields["perplexity"], **fields}
+            name: {"name": "perplexity", "value": fields["perplexity"], "relative": True, **fields}
             for name, fields in found.items()
         }
 
@@ -155,13 +158,15 @@ def compare_methods(
     rows = []
     for chosen in settings:
         rows += _run(dense, tokenizer, content, cells, chosen, results)
+    tables = [tabulate(results, rows, name) for name in ids]
+    replace_file(out / TABLE_FILE, "\n".join(table.to_markdown() for table in tables))
     plot(results, rows, next(iter(ids)), out / PLOT_FILE)
     if as_json:
         print_json({"dense": results.dense, "rows": [dataclasses.asdict(row) for row in rows]})
         return
-    for name in ids:
-        stdout().print(_table(results, rows, name))
-    stdout().print(f"wrote {out / RESULT_FILE} and {out / PLOT_FILE}", soft_wrap=True)
+    for table in tables:
+        stdout().print(_rich(table))
+    stdout().print(f"wrote {RESULT_FILE}, {TABLE_FILE} and {PLOT_FILE} to {out}", soft_wrap=True)
 
 
 def _run(
@@ -222,25 +227,10 @@ def _check_plot() -> None:
         raise ImportError("the plot needs matplotlib; pip install 'fips_ext[plot]'")
 
 
-def _table(results: Any, rows: list[Any], text: str) -> Table:
-    from ..comparison.results import STAGES
-
-    dense = results.dense[text]["value"]
-    stages = [stage for stage in STAGES if any(stage in row.quality for row in rows)]
-    timed = ("decode", "prefill")
-    title = f"perplexity over dense ({dense:.2f}), {text}"
-    table = Table("ratio", "method", "MLP bytes", "file", "MACs", *stages, *timed, title=title)
-    for ratio in dict.fromkeys(row.ratio for row in rows):
-        table.add_section()
-        for row in (row for row in rows if row.ratio == ratio):
-            quality = [row.quality.get(stage) for stage in stages]
-            table.add_row(
-                f"{ratio:g}",
-                row.method + (f" (seed {row.seed})" if row.seed else ""),
-                f"{row.mlp_ratio:.3f}",
-                f"{row.model_ratio:.3f}",
-                f"{row.macs_ratio:.2f}",
-                *("–" if q is None else f"{q[text]['value'] / dense:.3f}" for q in quality),
-                *(f"{row.speed[f'{what}_ratio']:.2f} ×" if row.speed else "–" for what in timed),
-            )
-    return table
+def _rich(table: Any) -> Table:
+    shown = Table(*table.header, title=table.title)
+    for number, cells in enumerate(table.rows):
+        if number in table.sections:
+            shown.add_section()
+        shown.add_row(*cells)
+    return shown

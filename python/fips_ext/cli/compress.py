@@ -30,6 +30,7 @@ from .console import (
 
 
 class Base(str, Enum):
+    auto = "auto"
     shared = "shared"
     identity = "identity"
     both = "both"
@@ -60,7 +61,10 @@ def compress(
         int | None, typer.Option(min=1, help="Base vectors per base. Default: chosen to fit the ratio.")
     ] = _DEFAULTS["rank"],
     base: Annotated[
-        Base, typer.Option(help="shared: U. identity: I (plain pruning). both: [U, I] (sparse + low rank).")
+        Base,
+        typer.Option(
+            help="shared: U. identity: I (plain pruning). both: [U, I]. auto: U or I, group by group."
+        ),
     ] = _DEFAULT_BASE,
     calib: Annotated[
         Path | None,

@@ -3,5 +3,16 @@
 from .methods import Method, methods_of
 from .results import Results, Row, provenance
 from .run import Cell, Settings, run_cells
+from .table import tabulate
 
-__all__ = ["Cell", "Method", "Results", "Row", "Settings", "methods_of", "provenance", "run_cells"]
+__all__ = [
+    "Cell",
+    "Method",
+    "Results",
+    "Row",
+    "Settings",
+    "methods_of",
+    "provenance",
+    "run_cells",
+    "tabulate",
+]

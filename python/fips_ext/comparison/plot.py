@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .results import STAGES, Results, Row
+from .results import STAGES, Results, Row, label, shown
 
 _MARKERS = "os^Dv<>P*X"
 _DASHES = {"bitmap": "-", "block": "--", "low rank": ":"}
@@ -24,7 +24,7 @@ def plot(results: Results, rows: list[Row], text: str, path: Path) -> None:
     Args:
         text: whose quality is drawn.
     """
-    dense = results.dense[text]["value"]
+    dense = results.dense[text]
     timed = any(row.speed for row in rows)
     figure, axes = plt.subplots(
         1, 1 + timed, squeeze=False, figsize=(6 + 5 * timed, 5), layout="constrained", sharey=True
@@ -32,15 +32,15 @@ def plot(results: Results, rows: list[Row], text: str, path: Path) -> None:
     panels = [("MLP bytes, compressed over dense", lambda row: row.mlp_ratio)]
     if timed:
         panels.append(("time per decoded token, compressed over dense", _latency))
-    for axis, (label, value) in zip(axes[0], panels, strict=True):
+    for axis, (title, value) in zip(axes[0], panels, strict=True):
         for number, method in enumerate(dict.fromkeys(row.method for row in rows)):
             mine = sorted((row for row in rows if row.method == method), key=lambda row: row.ratio)
             mine = [row for row in mine if value(row) is not None]
             if not mine:
                 continue
             x = [value(row) for row in mine]
-            last = [row.last[text]["value"] / dense for row in mine]
-            first = [row.quality[STAGES[0]][text]["value"] / dense for row in mine]
+            last = [shown(row.last[text], dense) for row in mine]
+            first = [shown(row.quality[STAGES[0]][text], dense) for row in mine]
             style = {
                 "color": f"C{number % 10}",
                 "marker": _MARKERS[number % len(_MARKERS)],
@@ -49,10 +49,10 @@ def plot(results: Results, rows: list[Row], text: str, path: Path) -> None:
             axis.plot(x, last, label=method, **style)
             if any(len(row.quality) > 1 for row in mine):
                 axis.plot(x, first, **{**style, "linestyle": "none"}, markerfacecolor="none", alpha=0.6)
-        axis.set_xlabel(label)
+        axis.set_xlabel(title)
         axis.set_yscale("log")
         axis.grid(True, which="both", alpha=0.25)
-    axes[0][0].set_ylabel(f"{results.dense[text]['name']} over dense, {text}")
+    axes[0][0].set_ylabel(label(dense, text))
     axes[0][0].legend(fontsize="small")
     figure.suptitle(
         f"{results.setting['model']}: full marks after the last stage, hollow after the closed form"

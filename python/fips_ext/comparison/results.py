@@ -25,7 +25,8 @@ class Row:
         method, family: see :class:`~.methods.Method`.
         ratio: asked for.
         seed: of the recipe.
-        quality: after each of :data:`STAGES` that ran, per text: at least ``value``, lower is better.
+        quality: after each of :data:`STAGES` that ran, per text (or other measure): at least its ``name``,
+            its ``value``, lower is better, and whether it is shown ``relative`` to that of the dense model.
         mlp_ratio, linear_ratio, model_ratio, macs_ratio: reached; see :class:`fips_ext.Report`.
         speed: ``decode_ratio`` and ``prefill_ratio`` over dense and more, where it was measured.
         seconds: per stage, measuring left out.
@@ -105,6 +106,17 @@ class Results:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def shown(measure: dict[str, Any], dense: dict[str, Any]) -> float:
+    """The number to show of a measure."""
+    return measure["value"] / dense["value"] if dense["relative"] else measure["value"]
+
+
+def label(dense: dict[str, Any], text: str) -> str:
+    """What that number is."""
+    kind = f"{dense['name']} over dense" if dense["relative"] else dense["name"]
+    return f"{kind}, {text} (dense: {dense['value']:.4g})"
 
 
 def provenance(command: str) -> dict[str, Any]:

@@ -32,7 +32,10 @@ def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """The orthonormal columns closest in angle to ``[d, r]``, ``r ≤ d``: ``P Qᵀ`` of its SVD ``P Σ Qᵀ``."""
+    """The orthonormal columns closest in angle to ``[d, r]``, ``r ≤ d``: ``P Qᵀ`` of its SVD ``P Σ Qᵀ``.
+
+    In the dtype of ``matrix``.
+    """
     with one_thread():
-        left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return (left @ right).to(matrix.dtype)
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right

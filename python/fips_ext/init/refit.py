@@ -101,20 +101,25 @@ def conjugate_gradients(
     precondition: Callable[[Tensor], Tensor],
     iterations: int,
 ) -> Tensor:
-    """Preconditioned conjugate gradients; ``dot`` decides how many systems run side by side."""
+    """Preconditioned conjugate gradients; ``dot`` decides how many systems run side by side.
+
+    A system whose residual is down to rounding stops: going on would amplify it without limit.
+    """
     x = start
     residual = right - apply(x)
     direction = z = precondition(residual)
     energy = dot(residual, z)
-    tiny = torch.finfo(x.dtype).tiny
+    solved = torch.finfo(x.dtype).eps ** 2 * dot(right, precondition(right))
     for _ in range(iterations):
         image = apply(direction)
-        step = energy / dot(direction, image).clamp_min(tiny)
+        curvature = dot(direction, image)
+        goes_on = (energy > solved) & (curvature > 0)
+        step = torch.where(goes_on, energy / curvature, 0)
         x = x + step * direction
         residual = residual - step * image
         z = precondition(residual)
         previous, energy = energy, dot(residual, z)
-        direction = z + energy / previous.clamp_min(tiny) * direction
+        direction = torch.where(goes_on, z + energy / previous * direction, 0)
     return x
 
 

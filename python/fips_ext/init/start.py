@@ -32,6 +32,7 @@ class Factors:
         identity: whether the bases read ``[U, I]``.
         values, masks: per layer and role ``[rows, n]``; values are zero outside their mask.
         orders: per layer, which hidden neuron each column is ``[n]``.
+        error: what :class:`SliceProblem` measures, summed over the group.
     """
 
     bases: list[Tensor]
@@ -39,6 +40,7 @@ class Factors:
     values: list[dict[str, Tensor]]
     masks: list[dict[str, Tensor]]
     orders: list[Tensor]
+    error: float
 
 
 def factorise(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe) -> Factors:
@@ -59,12 +61,14 @@ def factorise(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe)
         # The two parts overlap, so a score of one entry alone says little about them together: try both.
         candidates.append(group.masks(bases, values, keep_base_rows=True))
     finished = [group.finish(bases, values, masks, recipe.refit) for masks in candidates]
-    _, bases, values, masks = min(finished, key=lambda result: result[0])
+    error, bases, values, masks = min(finished, key=lambda result: result[0])
 
     per_layer: list[tuple[dict, dict]] = [({}, {}) for _ in layers]
     for (i, role), v, mask in zip(keys, values, masks, strict=True):
         per_layer[i][0][role], per_layer[i][1][role] = v, mask
-    return Factors(bases, plan.identity, [v for v, _ in per_layer], [m for _, m in per_layer], group.orders)
+    return Factors(
+        bases, plan.identity, [v for v, _ in per_layer], [m for _, m in per_layer], group.orders, error
+    )
 
 
 def unit_scores(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe) -> list[Tensor]:
