@@ -25,10 +25,12 @@ from .report import LayerReport, Report
 from .surgery import DenseMLP, find_mlps
 from .train import (
     Calibration,
+    LayerData,
     batches_for,
     calibrate,
     check_weights,
     distill,
+    predicted_cost,
     train_group,
     weight_problems,
 )
@@ -146,11 +148,27 @@ class Compression:
                 group.plan, group.budget = plan, plan.nbytes
 
     def initialise(self, group: Group) -> None:
-        """The closed form, float32, not yet in the model."""
+        """The closed form, float32, not yet in the model; settles ``group.plan``.
+
+        Of the bases that the recipe allows, at the same bytes, the one whose outputs err less: on held-out
+        tokens, because a base with values of its own fits what it has seen.
+        """
         start = time.perf_counter()
-        factors = self._factorise(group)
-        device = group.mlps[0].up.weight.device
-        group.shared = [mlp.to(device) for mlp in build(group.mlps, factors, group.plan)]
+        problems, device = self._problems(group), group.mlps[0].up.weight.device
+        lowest = None
+        for plan in (plans := [group.plan, *self._other_plans(group)]):
+            factors = factorise(problems, plan, self.recipe)
+            shared = [mlp.to(device) for mlp in build(group.mlps, factors, plan)]
+            if len(plans) == 1:
+                cost = 0.0
+            elif self._calibration is None:
+                cost = factors.error
+            else:
+                dtype = self._calibration.compute_dtype
+                layers = zip(shared, self._layer_data(group), strict=True)
+                cost = sum(predicted_cost(mlp, layer, dtype) for mlp, layer in layers)
+            if lowest is None or cost < lowest:
+                lowest, group.plan, group.shared = cost, plan, shared
         self.meter.advance()
         group.seconds += time.perf_counter() - start
 
@@ -159,9 +177,13 @@ class Compression:
         if self._calibration is None:
             return
         start = time.perf_counter()
-        data = [self._calibration.layer_data(group.first + i) for i in range(len(group.mlps))]
-        dtype = self._calibration.compute_dtype
-        group.before, group.after = train_group(group.shared, data, self.recipe, dtype, self.meter.advance)
+        group.before, group.after = train_group(
+            group.shared,
+            self._layer_data(group),
+            self.recipe,
+            self._calibration.compute_dtype,
+            self.meter.advance,
+        )
         group.seconds += time.perf_counter() - start
 
     def install(self, group: Group) -> None:
@@ -217,18 +239,18 @@ class Compression:
     def _shared(self) -> list[SharedMLP]:
         return [mlp for group in self.groups for mlp in group.shared]
 
-    def _factorise(self, group: Group) -> Factors:
-        """With the best of the bases that the recipe allows, at the same bytes; settles ``group.plan``."""
-        problems = self._problems(group)
-        best = factorise(problems, group.plan, self.recipe)
+    def _layer_data(self, group: Group) -> list[LayerData]:
+        kind = "loss" if self.recipe.needs_loss else "output"
+        return [self._calibration.layer_data(group.first + i, kind) for i in range(len(group.mlps))]
+
+    def _other_plans(self, group: Group) -> list[budget.Plan]:
+        """Those of the other bases that the recipe allows."""
+        plans = []
         for base in self.recipe.bases[1:] if not group.plan.identity else ():
             with contextlib.suppress(BudgetError):
                 recipe = dataclasses.replace(self.recipe, base=base, rank=None)
-                plan = budget.solve(recipe, group.plan.shape, group.budget)
-                other = factorise(problems, plan, self.recipe)
-                if other.error < best.error:
-                    best, group.plan = other, plan
-        return best
+                plans.append(budget.solve(recipe, group.plan.shape, group.budget))
+        return plans
 
     def _problems(self, group: Group) -> list[dict[str, SliceProblem]]:
         """What the initialiser minimises, per layer."""

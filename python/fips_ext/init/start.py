@@ -18,7 +18,7 @@ from .refit import refit_base, refit_values
 from .rotate import rotate
 from .svd import shared_basis, whitened_columns
 
-_ROTATIONS = 12
+_ROTATIONS = 8
 _ARRANGEMENTS = 4  # of blocks: rounds of rotating and gathering
 _SWEEPS = 2
 

@@ -3,7 +3,7 @@
 from .activations import ActivationStore, collect, held_out_rows
 from .calibration import Calibration, calibrate
 from .distill import batches_for, distill
-from .loop import LayerData, train_group
+from .loop import LayerData, predicted_cost, train_group
 from .sensitivity import Sensitivity, SensitivityMeter
 from .teacher import Observation, check_weights, observe, weight_problems
 
@@ -21,6 +21,7 @@ __all__ = [
     "distill",
     "held_out_rows",
     "observe",
+    "predicted_cost",
     "train_group",
     "weight_problems",
 ]

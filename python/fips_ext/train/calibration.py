@@ -79,9 +79,10 @@ class Calibration:
         known = self._sensitivities[index] if sensitivity == "loss" and self._sensitivities else None
         return self._observations[index].problems(mlp, known)
 
-    def layer_data(self, index: int) -> LayerData:
-        """What the MLP ``index`` trains and is measured on."""
+    def layer_data(self, index: int, sensitivity: str = "output") -> LayerData:
+        """What the MLP ``index`` trains and is measured on; see ``Recipe.sensitivity``."""
         seen = self._observations[index]
+        known = self._sensitivities[index] if sensitivity == "loss" and self._sensitivities else None
         return LayerData(
             self.names[index],
             self._store.inputs[index],
@@ -89,6 +90,7 @@ class Calibration:
             seen.weights,
             seen.power,
             self._held_out,
+            None if known is None else known.output.float(),
         )
 
 
