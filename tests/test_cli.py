@@ -353,7 +353,8 @@ def test_compare_measures_draws_and_goes_on(dense, text, tmp_path):
     assert "calibrating" not in run(*first, *options).stderr
 
     message = refusal(*first, *options, "--windows", 1)
-    assert "another setting (windows differ)" in message
+    assert "another setting (texts differ)" in message
+    assert "named alike" in refusal(*first, *options, "--text", text)
 
 
 def test_compare_needs_matplotlib(dense, monkeypatch):

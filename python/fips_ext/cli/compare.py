@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import shlex
@@ -14,6 +15,7 @@ import typer
 from rich.table import Table
 from torch import nn
 
+from .. import __version__
 from .._atomic import replace_file
 from ..errors import InvalidArgument
 from ..evaluate import CONTEXT, QUICK_WINDOWS, perplexity
@@ -129,18 +131,20 @@ def compare_methods(
     from ..comparison.plot import plot
 
     cells = [Cell(method, ratio) for ratio in ratio_list for method in wanted]
-
     content = calibration_text(calib)
     scored = {path.name: held_out_text(path) for path in text} if text else {HELD_OUT: held_out_text()}
+    if text and len(scored) < len(text):
+        raise InvalidArgument(f"--text: got two files named alike, {text}; the table names them by file name")
     quiet_transformers()
     note(f"loading {model}")
     dense, tokenizer = load_model(model, torch_dtype(dtype), device)
     ids = {name: token_windows(t, tokenizer, CONTEXT, limit or None) for name, t in scored.items()}
     setting = {
+        "fips_ext": __version__,
         "model": model,
         "dtype": dtype.value,
-        "calibration_text": "Wikipedia" if calib is None else calib.name,
-        "windows": {name: list(w.shape) for name, w in ids.items()},
+        "calibration_text": _digest(content),
+        "texts": {name: {"text": _digest(scored[name]), "windows": list(w.shape)} for name, w in ids.items()},
     }
     results = Results(out / RESULT_FILE, setting, provenance(shlex.join(["fips", *sys.argv[1:]])))
 
@@ -188,6 +192,10 @@ def _run(
         )
     with calibration, progress_bar("comparing") as progress:
         return run_cells(dense, cells, calibration, settings, results, note=note, progress=progress)
+
+
+def _digest(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _split(text: str) -> list[str]:
