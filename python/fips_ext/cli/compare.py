@@ -51,7 +51,7 @@ class _Effort:
     workload: Workload
 
 
-_QUICK = _Effort(32768, 10, 512, 0, QUICK_WINDOWS, Workload(prompt_tokens=128, new_tokens=12, repeats=2))
+_QUICK = _Effort(32768, 6, 512, 0, QUICK_WINDOWS, Workload(prompt_tokens=128, new_tokens=12, repeats=2))
 _FULL = _Effort(65536, 100, 1024, 200, 0, Workload(prompt_tokens=128, new_tokens=48, repeats=5))
 
 
@@ -67,7 +67,7 @@ def compare_methods(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Little text, 10 training steps, no distillation: shows the order, not the best."
+            "--quick", help="Little text, 6 training steps, no distillation: shows the order, not the best."
         ),
     ] = False,
     out: Annotated[
