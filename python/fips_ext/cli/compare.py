@@ -236,7 +236,9 @@ def _check_plot() -> None:
 
 
 def _rich(table: Any) -> Table:
-    shown = Table(*table.header, title=table.title)
+    shown = Table(title=table.title)
+    for name in table.header:
+        shown.add_column(name, no_wrap=name == "method")
     for number, cells in enumerate(table.rows):
         if number in table.sections:
             shown.add_section()

@@ -24,12 +24,13 @@ class Table:
 def tabulate(results: Results, rows: list[Row], text: str) -> Table:
     """Quality on one text after every stage, best last stage of a ratio first.
 
-    Bytes and multiply-adds are compressed over dense; decode and prefill are speeds over dense.
+    Bytes (of the MLPs, and of all tensors of the file) and multiply-adds (of the MLPs) are compressed over
+    dense; decode and prefill are speeds over dense.
     """
     dense = results.dense[text]
     stages = [stage for stage in STAGES if any(stage in row.quality for row in rows)]
     timed = ("decode", "prefill") if any(row.speed for row in rows) else ()
-    header = ["ratio", "method", "MLP bytes", "file", "MACs", *stages, *timed]
+    header = ["ratio", "method", "bytes", "file", "MACs", *stages, *timed]
     cells, sections = [], []
     for ratio in dict.fromkeys(row.ratio for row in rows):
         sections.append(len(cells))
