@@ -326,8 +326,9 @@ def test_bench(dense, small):
 # -- compare ----------------------------------------------------------------------------------------
 
 
-def test_compare_measures_draws_and_goes_on(dense, text, tmp_path):
+def test_compare_measures_draws_and_goes_on(dense, text, tmp_path, monkeypatch):
     out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["/bin/fips", "compare", "my model"])
     options = ["--text", text, "--calib", text, "--tokens", 2048, "--steps", 2, "--distill-steps", 2]
     options += ["--windows", 2, "--dtype", "float32", "--patterns", "bitmap:16x64,block:16x16", "--quick"]
     first = ["compare", dense, "--ratios", "0.7", "--methods", "fips:bitmap:16x64,low-rank", "--out", out]
@@ -341,7 +342,7 @@ def test_compare_measures_draws_and_goes_on(dense, text, tmp_path):
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((out / "compare.json").read_text())
     assert written["rows"] == rows
-    assert written["command"].startswith("fips ")
+    assert written["command"] == "fips compare 'my model'"
 
     result = run("compare", dense, "--ratios", "0.7,0.8", "--methods", "low-rank", "--out", out, *options)
     assert "low-rank at 0.8" in result.stderr
