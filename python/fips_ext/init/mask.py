@@ -7,16 +7,12 @@ its MLPs lose on average: layers whose outputs are easy to approximate in the me
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..layout import from_blocks, to_blocks
 from ..recipe import Pattern
 from .problem import SliceProblem
-
-_SAMPLE = 1 << 16
 
 
 def saliency(v: Tensor, base_energy: Tensor, columns: Tensor) -> Tensor:
@@ -102,29 +98,9 @@ def largest(scores: Tensor, count: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = _kth_largest(scores, count)
+    # kthvalue is a selection, several times faster than the sort behind topk.
+    threshold = scores.kthvalue(total - count + 1).values
     kept = scores > threshold
     ties = (scores == threshold).nonzero().flatten()
     kept[ties[: count - int(kept.sum())]] = True
     return kept
-
-
-def _kth_largest(scores: Tensor, k: int) -> Tensor:
-    """The ``k``-th largest entry of a flat tensor, exactly.
-
-    kthvalue is a selection, several times faster than the sort behind topk, but on one thread. A sample tells
-    between which values to look; only if it misleads all entries are searched.
-    """
-    total = scores.numel()
-    if total >= 4 * _SAMPLE:
-        sample = scores[:: total // _SAMPLE]
-        size = sample.numel()
-        rank = size - round(k / total * size)  # of the threshold in the sample, from below
-        slack = round(4 * math.sqrt(size))
-        low = sample.kthvalue(max(1, rank - slack)).values
-        high = sample.kthvalue(min(size, rank + slack)).values
-        inside = scores[(scores >= low) & (scores <= high)]
-        wanted = k - int((scores > high).sum())
-        if 0 < wanted <= inside.numel():
-            return inside.kthvalue(inside.numel() - wanted + 1).values
-    return scores.kthvalue(total - k + 1).values
