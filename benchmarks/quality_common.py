@@ -6,6 +6,7 @@ Language models have ``fips compare``.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -14,10 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from fips_ext import calibrate
-from fips_ext.comparison import Cell, Results, Settings, methods_of, provenance, run_cells, tabulate
-from fips_ext.comparison.plot import plot
-from fips_ext.train import batches_for
+from fips_ext.comparison import Cell, Results, Settings, methods_of, provenance, run_cells
+from fips_ext.comparison.publish import RESULT_FILE, publish
 
 
 def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
@@ -61,19 +60,17 @@ def run(
         "seed": arguments.seed,
     }
     notes = provenance(shlex.join(["python", *sys.argv]))
-    results = Results(arguments.out / "compare.json", {"model": name, **setting}, notes)
+    results = Results(arguments.out / RESULT_FILE, {"model": name, **setting}, notes)
     methods = [m for m in methods_of(arguments.patterns) if m.name in (arguments.methods or [m.name])]
     cells = [Cell(method, ratio) for ratio in arguments.ratios for method in methods]
-    calibration = calibrate(
-        model,
-        data,
-        arguments.tokens,
-        keep_batches=batches_for(arguments.distill_steps),
-        seed=arguments.seed,
-    )
-    with calibration:
-        rows = run_cells(model, cells, calibration, Settings(common, evaluate), results, note=print)
-    tables = [tabulate(results, rows, measure).to_markdown() for measure in results.dense]
-    (arguments.out / "compare.md").write_text("\n".join(tables), encoding="utf-8")
-    plot(results, rows, next(iter(results.dense)), arguments.out / "compare.png")
-    print("\n".join(tables))
+    rows = run_cells(model, cells, data, Settings(common, evaluate), results, note=print)
+    for table in publish(results, rows, arguments.out):
+        print(table.to_markdown())
+
+
+def package(name: str) -> Path:
+    """The folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise SystemExit(f"{name} is missing; the head of this benchmark says what to install")
+    return Path(next(iter(spec.submodule_search_locations)))

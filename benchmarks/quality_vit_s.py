@@ -11,9 +11,7 @@ model overlap where they exceed one half.
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
 from PIL import Image
-from quality_common import parser, run
+from quality_common import package, parser, run
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
@@ -30,13 +28,6 @@ SIZE, PATCH = 224, 14
 MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 CALIBRATING = 14  # photographs; the rest is scored
 CROPS, BATCH = 12, 8
-
-
-def package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise SystemExit(f"{name} is missing; the head of this file says what to install")
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def decoder() -> nn.Sequential:

@@ -13,6 +13,7 @@ from fips_ext import Recipe, calibrate, compress
 from fips_ext.comparison import Cell, Results, Settings, methods_of, run_cells
 from fips_ext.comparison.plot import plot
 from fips_ext.errors import InvalidArgument
+from fips_ext.train import batches_for
 
 from ..tiny_models import build
 
@@ -33,7 +34,8 @@ class Bench:
         with torch.no_grad():
             self.expected = self.model(self.x).logits
         self.calls = 0
-        self.calibration = calibrate(self.model, [self.x] * 8, TOKENS, keep_batches=4)
+        self.data = [self.x] * 8
+        self.calibration = calibrate(self.model, self.data, TOKENS, keep_batches=batches_for(2))
 
     def evaluate(self, model) -> dict:
         self.calls += 1
@@ -41,12 +43,12 @@ class Bench:
             error = (model(self.x).logits - self.expected).float().square().mean()
         return {"x": {"name": "error", "value": float(error), "relative": False}}
 
-    def run(self, path: Path, methods=METHODS, ratios=(0.8,), **common):
-        self.results = Results(path, {"model": "llama"}, {"command": "none"})
+    def run(self, path: Path, methods=METHODS, ratios=(0.8,), command="first", **common):
+        self.results = Results(path, {"model": "llama"}, {"command": command})
         settings = Settings({**COMMON, **common}, self.evaluate, lambda *_: {"decode_ratio": 1.5})
         cells = [Cell(method, ratio) for ratio in ratios for method in methods]
         self.notes: list[str] = []
-        return run_cells(self.model, cells, self.calibration, settings, self.results, note=self.notes.append)
+        return run_cells(self.model, cells, self.data, settings, self.results, note=self.notes.append)
 
 
 def test_every_method_spends_the_same_bytes(tmp_path: Path) -> None:
@@ -80,11 +82,14 @@ def test_goes_on_where_it_stopped(tmp_path: Path) -> None:
     bench, path = Bench(), tmp_path / "r.json"
     first = bench.run(path, METHODS[:2])
     calls = bench.calls
+    bench.data = None  # not looked at
     assert bench.run(path, METHODS[:2]) == first
     assert bench.calls == calls
-    rows = bench.run(path, METHODS[:3])
+    bench.data = [bench.x] * 8
+    rows = bench.run(path, METHODS[:3], command="second")
     assert rows[:2] == first
-    assert bench.notes == [f"{METHODS[2].name} at 0.8"]
+    assert bench.notes == [f"{METHODS[2].name} at 0.8 (3 of 3)"]
+    assert json.loads(path.read_text())["command"] == "first && second"
     assert bench.run(path, METHODS[:1], steps=1)[0].recipe["steps"] == 1  # another recipe is another row
     assert len(json.loads(path.read_text())["rows"]) == 4
 
@@ -107,7 +112,7 @@ def test_refuses_a_file_of_something_else(tmp_path: Path, content: str) -> None:
 
 def test_refuses_results_of_another_setting(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    Results(path, {"model": "a", "dtype": "float32"}, {}).save()
+    Results(path, {"model": "a", "dtype": "float32"}, {"command": "c"}).save()
     with pytest.raises(InvalidArgument, match=r"another setting \(model differ\)"):
         Results(path, {"model": "b", "dtype": "float32"}, {})
 

@@ -16,7 +16,6 @@ from rich.table import Table
 from torch import nn
 
 from .. import __version__
-from .._atomic import replace_file
 from ..errors import InvalidArgument
 from ..evaluate import CONTEXT, QUICK_WINDOWS, perplexity
 from ..integrations.text import calibration_text, calibration_windows, held_out_text, token_windows
@@ -35,7 +34,6 @@ from .console import (
     torch_dtype,
 )
 
-RESULT_FILE, TABLE_FILE, PLOT_FILE = "compare.json", "compare.md", "compare.png"
 HELD_OUT = "held-out Wikipedia"
 
 
@@ -127,8 +125,9 @@ def compare_methods(
         raise typer.BadParameter(str(error)) from error
     check_device(device)
     _check_plot()
-    from ..comparison import Cell, Results, Settings, provenance, tabulate
-    from ..comparison.plot import plot
+    from ..comparison import Cell, Results, Settings, provenance, run_cells
+    from ..comparison.publish import PLOT_FILE, RESULT_FILE, TABLE_FILE, publish
+    from ..train import batches_for
 
     cells = [Cell(method, ratio) for ratio in ratio_list for method in wanted]
     content = calibration_text(calib)
@@ -158,40 +157,19 @@ def compare_methods(
     def speed(first: nn.Module, second: nn.Module) -> dict[str, Any]:
         return compare(first, second, effort.workload).to_dict()
 
-    settings = [Settings({**common, "seed": seed}, quality, speed) for seed in seed_list]
+    kept = batches_for(common["distill_steps"])
+    data = calibration_windows(content, tokenizer, common["calibration_tokens"], kept)
     rows = []
-    for chosen in settings:
-        rows += _run(dense, tokenizer, content, cells, chosen, results)
-    tables = [tabulate(results, rows, name) for name in ids]
-    replace_file(out / TABLE_FILE, "\n".join(table.to_markdown() for table in tables))
-    plot(results, rows, next(iter(ids)), out / PLOT_FILE)
+    for seed in seed_list:
+        settings = Settings({**common, "seed": seed}, quality, speed)
+        rows += run_cells(dense, cells, data, settings, results, note=note, progress_bar=progress_bar)
+    tables = publish(results, rows, out)
     if as_json:
         print_json({"dense": results.dense, "rows": [dataclasses.asdict(row) for row in rows]})
         return
     for table in tables:
         stdout().print(_rich(table))
     stdout().print(f"wrote {RESULT_FILE}, {TABLE_FILE} and {PLOT_FILE} to {out}", soft_wrap=True)
-
-
-def _run(
-    dense: nn.Module, tokenizer: Any, content: str, cells: list, settings: Any, results: Any
-) -> list[Any]:
-    """Calibrate if anything is to be measured, and measure."""
-    from ..comparison import run_cells
-    from ..train import batches_for, calibrate
-
-    if all(results.find(cell.method.name, settings.recipe(cell)) for cell in cells):
-        return run_cells(dense, cells, None, settings, results)
-    recipe = settings.common
-    kept = batches_for(recipe["distill_steps"])
-    tokens = recipe["calibration_tokens"]
-    data = calibration_windows(content, tokenizer, tokens, kept)
-    with progress_bar("calibrating") as progress:
-        calibration = calibrate(
-            dense, data, tokens, keep_batches=kept, seed=recipe["seed"], progress=progress
-        )
-    with calibration, progress_bar("comparing") as progress:
-        return run_cells(dense, cells, calibration, settings, results, note=note, progress=progress)
 
 
 def _digest(text: str) -> str:

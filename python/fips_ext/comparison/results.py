@@ -14,6 +14,8 @@ from .._atomic import replace_file
 from ..errors import InvalidArgument
 from ..recipe import Recipe
 
+_THEN = " && "
+
 STAGES = ("closed form", "trained", "distilled")
 
 
@@ -58,7 +60,8 @@ class Results:
     Args:
         path: of the JSON file; read if it exists.
         setting: everything a number depends on beside its row: model, texts, dtype.
-        notes: written beside it, of the last run: command, machine, versions.
+        notes: written beside it, see :func:`provenance`; a file that grew names its commands joined by
+            ``&&``, and the machine of the last.
 
     Raises:
         InvalidArgument: the file is no result file, or one of another setting.
@@ -76,7 +79,8 @@ class Results:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             setting, dense = found["setting"], found["dense"]
             rows = [Row(**row) for row in found["rows"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            commands = found["command"].split(_THEN)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidArgument(
                 f"out: {self.path} is not a result file of a comparison ({error}); give another folder"
             ) from error
@@ -87,6 +91,7 @@ class Results:
                 "another folder, or remove it"
             )
         self.dense, self.rows = dense, rows
+        self.notes = {**self.notes, "command": _THEN.join(dict.fromkeys([*commands, self.notes["command"]]))}
 
     def find(self, method: str, recipe: Recipe) -> Row | None:
         """The row of a method with exactly this recipe."""

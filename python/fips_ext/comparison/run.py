@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -13,12 +14,13 @@ from torch import nn
 from .._compress import Compression
 from ..errors import BudgetError
 from ..recipe import Recipe
-from ..train import Calibration
+from ..train import Calibration, batches_for, calibrate
 from .methods import Method
 from .results import Results, Row
 
 Evaluate = Callable[[nn.Module], dict[str, Any]]
 Progress = Callable[[int, int], None]
+ProgressBar = Callable[[str], contextlib.AbstractContextManager[Progress]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,23 +48,36 @@ class Settings:
     def recipe(self, cell: Cell) -> Recipe:
         return cell.method.recipe(cell.ratio, **self.common)
 
+    def calibrate(self, model: nn.Module, data: Iterable[Any], progress: Progress | None) -> Calibration:
+        """One calibration for all methods: what any recipe with these fields needs."""
+        recipe = Recipe(ratio=1.0, **self.common)
+        return calibrate(
+            model,
+            data,
+            recipe.calibration_tokens,
+            keep_batches=batches_for(recipe.distill_steps),
+            seed=recipe.seed,
+            progress=progress,
+        )
+
 
 def run_cells(
     model: nn.Module,
     cells: list[Cell],
-    calibration: Calibration | None,
+    data: Iterable[Any],
     settings: Settings,
     results: Results,
     *,
     note: Callable[[str], None] = lambda _: None,
-    progress: Progress | None = None,
+    progress_bar: ProgressBar | None = None,
 ) -> list[Row]:
-    """Measure what ``results`` does not hold yet.
+    """Measure what ``results`` does not hold yet; calibrates at most once.
 
     Args:
         model: the dense one; it is left as it is.
-        calibration: of ``model``; None where nothing is left to measure.
-        progress: called with (cells done, cells).
+        data: model inputs to calibrate on; not looked at where nothing is left to measure.
+        note: called with one line per cell.
+        progress_bar: ``with progress_bar(what) as move: move(done, total)``, around calibration.
 
     Returns:
         The rows of ``cells``, in their order; a cell whose bytes no plan can meet is noted and left out.
@@ -71,21 +86,23 @@ def run_cells(
         results.dense = settings.evaluate(model)
         results.save()
     rows = []
-    for number, cell in enumerate(cells):
-        recipe = settings.recipe(cell)
-        row = results.find(cell.method.name, recipe)
-        if row is None:
-            note(f"{cell.method.name} at {cell.ratio}")
-            try:
-                row = _measure(model, cell, calibration, settings)
-            except BudgetError as error:
-                note(f"left out: {error}")
-            else:
-                results.add(row)
-        if row is not None:
-            rows.append(row)
-        if progress is not None:
-            progress(number + 1, len(cells))
+    with contextlib.ExitStack() as stack:
+        calibration = None
+        for number, cell in enumerate(cells):
+            row = results.find(cell.method.name, settings.recipe(cell))
+            if row is None:
+                if calibration is None:
+                    with progress_bar("calibrating") if progress_bar else contextlib.nullcontext() as move:
+                        calibration = stack.enter_context(settings.calibrate(model, data, move))
+                note(f"{cell.method.name} at {cell.ratio} ({number + 1} of {len(cells)})")
+                try:
+                    row = _measure(model, cell, calibration, settings)
+                except BudgetError as error:
+                    note(f"left out: {error}")
+                else:
+                    results.add(row)
+            if row is not None:
+                rows.append(row)
     return rows
 
 
