@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 from torch import nn
 
@@ -214,9 +215,10 @@ def _check_plot() -> None:
 
 
 def _rich(table: Any) -> Table:
-    shown = Table(title=table.title)
-    for name in table.header:
-        shown.add_column(name, no_wrap=name == "method")
+    shown = Table(title=table.title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name, column in zip(table.header, zip(*table.rows, strict=True), strict=True):
+        # Headers may break on a narrow terminal, numbers and names may not.
+        shown.add_column(name, min_width=max(map(len, column)))
     for number, cells in enumerate(table.rows):
         if number in table.sections:
             shown.add_section()

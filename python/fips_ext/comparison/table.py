@@ -45,7 +45,7 @@ def tabulate(results: Results, rows: list[Row], text: str) -> Table:
                     f"{row.model_ratio:.3f}",
                     f"{row.macs_ratio:.2f}",
                     *("–" if q is None else f"{shown(q[text], dense):.3f}" for q in quality),
-                    *(f"{row.speed[f'{what}_ratio']:.2f} ×" if row.speed else "–" for what in timed),
+                    *(f"{row.speed[f'{what}_ratio']:.2f}" if row.speed else "–" for what in timed),
                 ]
             )
     return Table(label(dense, text), header, cells, sections)
