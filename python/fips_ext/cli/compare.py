@@ -217,8 +217,8 @@ def _check_plot() -> None:
 def _rich(table: Any) -> Table:
     shown = Table(title=table.title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name, column in zip(table.header, zip(*table.rows, strict=True), strict=True):
-        # Headers may break on a narrow terminal, numbers and names may not.
-        shown.add_column(name, min_width=max(map(len, column)))
+        # Within 80 columns: headers break, numbers and names must not.
+        shown.add_column(name.replace(" ", "\n"), min_width=max(map(len, column)))
     for number, cells in enumerate(table.rows):
         if number in table.sections:
             shown.add_section()
