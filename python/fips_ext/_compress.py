@@ -25,12 +25,12 @@ from .report import LayerReport, Report
 from .surgery import DenseMLP, find_mlps
 from .train import (
     Calibration,
+    Divergence,
     LayerData,
     batches_for,
     calibrate,
     check_weights,
     distill,
-    predicted_cost,
     train_group,
     weight_problems,
 )
@@ -150,8 +150,10 @@ class Compression:
     def initialise(self, group: Group) -> None:
         """The closed form, float32, not yet in the model; settles ``group.plan``.
 
-        Of the bases that the recipe allows, at the same bytes, the one whose outputs err less: on held-out
-        tokens, because a base with values of its own fits what it has seen.
+        Of the bases that the recipe allows, at the same bytes, the one that costs the model's predictions
+        less, with all other groups dense. Held-out tokens decide, because a base with values of its own fits
+        what it has seen; and the model itself, because errors over one base add up over its layers, which no
+        layer shows alone.
         """
         start = time.perf_counter()
         problems, device = self._problems(group), group.mlps[0].up.weight.device
@@ -164,9 +166,7 @@ class Compression:
             elif self._calibration is None:
                 cost = factors.error
             else:
-                dtype = self._calibration.compute_dtype
-                layers = zip(shared, self._layer_data(group), strict=True)
-                cost = sum(predicted_cost(mlp, layer, dtype) for mlp, layer in layers)
+                cost = self._divergence_alone(group, shared)
             if lowest is None or cost < lowest:
                 lowest, group.plan, group.shared = cost, plan, shared
         self.meter.advance()
@@ -239,9 +239,18 @@ class Compression:
     def _shared(self) -> list[SharedMLP]:
         return [mlp for group in self.groups for mlp in group.shared]
 
+    def _divergence_alone(self, group: Group, shared: list[SharedMLP]) -> float:
+        """Of the predictions of the model with ``shared`` for this group, and all others dense."""
+        calibration = self._calibration
+        with contextlib.ExitStack() as stack:
+            for mlp in self._mlps:
+                stack.enter_context(mlp.original())
+            for dense, mlp in zip(group.mlps, shared, strict=True):
+                stack.enter_context(dense.trial(mlp))
+            return Divergence(self.model, group.mlps, calibration.compute_dtype).mean(calibration.probes)
+
     def _layer_data(self, group: Group) -> list[LayerData]:
-        kind = "loss" if self.recipe.needs_loss else "output"
-        return [self._calibration.layer_data(group.first + i, kind) for i in range(len(group.mlps))]
+        return [self._calibration.layer_data(group.first + i) for i in range(len(group.mlps))]
 
     def _other_plans(self, group: Group) -> list[budget.Plan]:
         """Those of the other bases that the recipe allows."""

@@ -94,3 +94,14 @@ def test_a_failure_leaves_no_file_behind(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(InvalidArgument):
         calibrate(build("llama")[0], [x], 10_000)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("tokens", "probes"), [(96, [7]), (90, [7]), (192, [14, 15]), (5, [0])])
+def test_probes_are_batches_of_held_out_rows_only(tokens: int, probes: list[int]) -> None:
+    """The last eighth of the rows; a batch that begins before them only where it is the last one."""
+    model, x = build("llama")
+    batches = [x[:1].clone() for _ in range(18)]  # 12 tokens each
+    with calibrate(model, batches, tokens, keep_batches=17) as calibration:
+        assert [i for i, b in enumerate(batches) if any(b is p for p in calibration.probes)] == probes
+        assert len(calibration.batches) == 17
+    assert not calibration.probes

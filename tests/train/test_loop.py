@@ -11,7 +11,7 @@ from fips_ext import Recipe, functional, reference
 from fips_ext.errors import NumericalError
 from fips_ext.surgery import find_mlps
 from fips_ext.train import LayerData, train_group
-from fips_ext.train.loop import cast_arguments, predicted_cost, relative_error
+from fips_ext.train.loop import cast_arguments, relative_error
 
 from ..tiny_models import build, observe, shared_from_dense
 
@@ -111,23 +111,3 @@ def test_op_and_oracle_give_the_same_gradients() -> None:
         gradients.append(torch.autograd.grad(loss, parameters))
     for op, oracle in zip(*gradients, strict=True):
         torch.testing.assert_close(op, oracle, rtol=1e-3, atol=1e-4 * float(oracle.abs().max()))
-
-
-def test_predicted_cost_is_the_quadratic_form_on_held_out_rows() -> None:
-    torch.manual_seed(0)
-    model, _ = build("llama")
-    mlp = find_mlps(model)[0]
-    shared = shared_from_dense(mlp)
-    inputs = torch.randn(40, mlp.width)
-    with torch.no_grad():
-        targets = shared(inputs) + 0.1 * torch.randn(40, mlp.width)
-        residual = (shared(inputs) - targets)[30:]
-    root = torch.randn(mlp.width, mlp.width)
-    metric, weights = root @ root.t(), torch.rand(40)
-    data = LayerData("layer", inputs, targets, weights, 1.0, 10, metric)
-    expected = 0.5 * torch.einsum("t,ti,ij,tj->", weights[30:], residual, metric, residual)
-    found = predicted_cost(shared, data, torch.float32)
-    assert found == pytest.approx(float(expected / weights[30:].sum()), rel=1e-4)
-    plain = LayerData("layer", inputs, targets, weights, 1.0, 10)
-    expected = 0.5 * (weights[30:] @ residual.square().sum(1)) / weights[30:].sum()
-    assert predicted_cost(shared, plain, torch.float32) == pytest.approx(float(expected), rel=1e-4)

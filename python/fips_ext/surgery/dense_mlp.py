@@ -100,6 +100,17 @@ class DenseMLP:
             slot.fill(AbsorbedLinear())
 
     @contextlib.contextmanager
+    def trial(self, mlp: SharedMLP) -> Iterator[None]:
+        """Within it, ``mlp`` is installed; after it this MLP is back, as if nothing had been."""
+        self.install(mlp)
+        try:
+            yield
+        finally:
+            for slot, module in self._replaced:
+                slot.fill(module)
+            self._replaced = []
+
+    @contextlib.contextmanager
     def original(self) -> Iterator[None]:
         """Within it, the modules that :meth:`install` replaced are back in the model."""
         installed = [(slot, slot.module) for slot, _ in self._replaced]

@@ -3,13 +3,15 @@
 from .activations import ActivationStore, collect, held_out_rows
 from .calibration import Calibration, calibrate
 from .distill import batches_for, distill
-from .loop import LayerData, predicted_cost, train_group
+from .divergence import Divergence
+from .loop import LayerData, train_group
 from .sensitivity import Sensitivity, SensitivityMeter
 from .teacher import Observation, check_weights, observe, weight_problems
 
 __all__ = [
     "ActivationStore",
     "Calibration",
+    "Divergence",
     "LayerData",
     "Observation",
     "Sensitivity",
@@ -21,7 +23,6 @@ __all__ = [
     "distill",
     "held_out_rows",
     "observe",
-    "predicted_cost",
     "train_group",
     "weight_problems",
 ]

@@ -16,6 +16,8 @@ from .loop import LayerData
 from .sensitivity import Sensitivity, SensitivityMeter
 from .teacher import Observation, check_weights, observe
 
+_PROBED_TOKENS = 2048  # at most: differences of one model's variants, on the same tokens, need no more
+
 
 class Calibration:
     """Inputs, outputs and sensitivities of every MLP of a dense model; made by :func:`calibrate`.
@@ -27,6 +29,7 @@ class Calibration:
         tokens: rows of each MLP.
         compute_dtype: of matrix products.
         batches: the model inputs, if they were kept.
+        probes: model inputs of held-out rows, on which whole models are compared.
     """
 
     def __init__(
@@ -38,11 +41,12 @@ class Calibration:
         held_out: int,
         compute_dtype: torch.dtype,
         batches: list[Any],
+        probes: list[Any],
     ) -> None:
         self.names, self.tokens, self.compute_dtype = names, store.tokens, compute_dtype
         self._store, self._observations, self._sensitivities = store, observations, sensitivities
         self._held_out = held_out
-        self.batches = batches
+        self.batches, self.probes = batches, probes
 
     def __enter__(self) -> Calibration:
         return self
@@ -54,6 +58,7 @@ class Calibration:
         self._store.close()
         self._observations.clear()
         self.batches.clear()
+        self.probes.clear()
 
     def check(self, mlps: list[DenseMLP], needs_loss: bool, needs_batches: bool = False) -> None:
         """Raise ``InvalidArgument`` unless this is of ``mlps``, and holds what a recipe needs."""
@@ -79,10 +84,9 @@ class Calibration:
         known = self._sensitivities[index] if sensitivity == "loss" and self._sensitivities else None
         return self._observations[index].problems(mlp, known)
 
-    def layer_data(self, index: int, sensitivity: str = "output") -> LayerData:
-        """What the MLP ``index`` trains and is measured on; see ``Recipe.sensitivity``."""
+    def layer_data(self, index: int) -> LayerData:
+        """What the MLP ``index`` trains and is measured on."""
         seen = self._observations[index]
-        known = self._sensitivities[index] if sensitivity == "loss" and self._sensitivities else None
         return LayerData(
             self.names[index],
             self._store.inputs[index],
@@ -90,7 +94,6 @@ class Calibration:
             seen.weights,
             seen.power,
             self._held_out,
-            None if known is None else known.output.float(),
         )
 
 
@@ -132,13 +135,14 @@ def calibrate(
         compute_dtype = torch.bfloat16 if dtype.itemsize == 2 else torch.float32
     store = ActivationStore([mlp.width for mlp in mlps], tokens, dtype)
     batches: list[Any] = []
+    held_out = held_out_rows(tokens) if tokens > 1 else tokens
+    probes = _Tail(range(tokens - min(held_out, _PROBED_TOKENS), tokens))
     try:
         meter = SensitivityMeter(mlps, seed) if loss else None
-        source = _kept(data, batches, keep_batches)
+        source = _kept(data, batches, keep_batches, lambda batch: probes.add(batch, store.found))
         collect(model, mlps, source, store, progress, meter)
         while len(batches) < keep_batches and next(source, None) is not None:
             pass
-        held_out = held_out_rows(tokens) if tokens > 1 else tokens
         observations = [
             observe(mlp, inputs, targets, compute_dtype, held_out)
             for mlp, inputs, targets in zip(mlps, store.inputs, store.targets, strict=True)
@@ -147,13 +151,33 @@ def calibrate(
         store.close()
         raise
     sensitivities = None if meter is None else meter.result()
+    names = [mlp.name for mlp in mlps]
     return Calibration(
-        [mlp.name for mlp in mlps], store, observations, sensitivities, held_out, compute_dtype, batches
+        names, store, observations, sensitivities, held_out, compute_dtype, batches, probes.batches
     )
 
 
-def _kept(data: Iterable[Any], batches: list[Any], limit: int) -> Iterator[Any]:
+class _Tail:
+    """The batches whose first row is one of ``rows``; where there is none, the last one before their end.
+
+    A batch with rows on both sides is not held out.
+    """
+
+    def __init__(self, rows: range) -> None:
+        self._rows, self._first_row, self.batches = rows, -1, []
+
+    def add(self, batch: Any, first_row: int) -> None:
+        if first_row >= self._rows.stop:
+            return
+        if self._first_row < self._rows.start:
+            self.batches.clear()
+        self._first_row = first_row
+        self.batches.append(batch)
+
+
+def _kept(data: Iterable[Any], batches: list[Any], limit: int, see: Callable[[Any], None]) -> Iterator[Any]:
     for batch in data:
         if len(batches) < limit:
             batches.append(batch)
+        see(batch)
         yield batch

@@ -13,17 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import NumericalError
 from ..nn import SharedMLP
 from ..surgery import DenseMLP
-from .activations import model_arguments, token_mask
+from .divergence import Divergence
 from .optimizer import rms_adamw
-from .sensitivity import output_features
-
-_CHUNK = 256  # rows of logits in float32 at a time
 
 _MOST_HELD_OUT = 8
 
@@ -58,18 +53,16 @@ def distill(
         compute_dtype: of matrix products, where the rest of the model is float32; else they have its dtype.
 
     Returns:
-        the divergence (nats per prediction; for features half their relative squared error) on the held-out
-        batches before and after. What made it worse is thrown away.
+        the :class:`~.divergence.Divergence` on the held-out batches before and after. What made it worse is
+        thrown away.
 
     Raises:
         NumericalError: the divergence is NaN or Inf.
     """
-    own = dense[0].up.weight.dtype
-    dtype = compute_dtype if own == torch.float32 else own
-    runner = _Runner(model, dense, shared[0].base.weight.device, dtype)
+    divergence = Divergence(model, dense, compute_dtype)
     held_out = batches[-max(1, min(_MOST_HELD_OUT, len(batches) // 8)) :]
     trained = batches[: len(batches) - len(held_out)] or held_out
-    before = runner.mean_divergence(held_out)
+    before = divergence.mean(held_out)
     start = [copy.deepcopy(mlp.state_dict()) for mlp in shared]
     generator = torch.Generator().manual_seed(seed)
     optimizer, schedule = rms_adamw(shared, learning_rate, steps)
@@ -78,90 +71,17 @@ def distill(
         for _ in range(steps):
             order = order or torch.randperm(len(trained), generator=generator).tolist()
             optimizer.zero_grad(set_to_none=True)
-            runner.divergence(trained[order.pop()], backward=True)
+            divergence.backward(trained[order.pop()])
             optimizer.step()
             schedule.step()
             if on_step is not None:
                 on_step()
-    after = runner.mean_divergence(held_out)
+    after = divergence.mean(held_out)
     if not after < before:
         for mlp, state in zip(shared, start, strict=True):
             mlp.load_state_dict(state)
         return before, before
     return before, after
-
-
-class _Runner:
-    """Runs one batch through the dense and the compressed model."""
-
-    def __init__(
-        self, model: nn.Module, dense: list[DenseMLP], device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.model, self.dense, self.device, self.dtype = model, dense, device, dtype
-
-    @torch.no_grad()
-    def mean_divergence(self, batches: Batches) -> float:
-        return sum(self.divergence(batch) for batch in batches) / len(batches)
-
-    def divergence(self, batch: Any, backward: bool = False) -> float:
-        """Mean over the predictions of a batch; ``backward`` adds gradients of the sum to the parameters."""
-        args, kwargs = model_arguments(batch, self.device)
-        with torch.no_grad(), _originals(self.dense):
-            expected, is_logits = _result(self.model(*args, **kwargs))
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            found, _ = _result(self.model(*args, **kwargs))
-        tokens = token_mask(kwargs)
-        if tokens is None or tokens.shape != found.shape[:-1]:
-            tokens = torch.ones(found.shape[:-1], dtype=torch.bool)
-        weight = tokens.flatten().to(self.device, torch.float32)
-        rows, targets = found.reshape(-1, found.shape[-1]), expected.reshape(-1, expected.shape[-1])
-        gradient = torch.empty_like(rows) if backward else None
-        total = 0.0
-        for start in range(0, rows.shape[0], _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            x, t = rows[chunk].detach().float(), targets[chunk].float()
-            with torch.set_grad_enabled(backward):
-                x.requires_grad_(backward)
-                loss = weight[chunk] @ (_logit_divergence(x, t) if is_logits else _feature_divergence(x, t))
-            if backward:
-                gradient[chunk] = torch.autograd.grad(loss, x)[0].to(gradient.dtype)
-            total += float(loss.detach())
-        if not torch.isfinite(torch.tensor(total)):
-            raise NumericalError(
-                f"distill: the divergence from the dense model became {total}; lower learning_rate, or check "
-                "the weights and the calibration data"
-            )
-        if backward:
-            # Of the sum: AdamW does not see the scale, and half precision would lose that of the mean.
-            rows.backward(gradient)
-        return total / max(1.0, float(weight.sum()))
-
-
-def _logit_divergence(logits: Tensor, expected: Tensor) -> Tensor:
-    """``KL(expected ‖ found)`` of each row."""
-    return F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True).sum(
-        -1
-    )
-
-
-def _feature_divergence(features: Tensor, expected: Tensor) -> Tensor:
-    power = expected.square().sum(-1).clamp_min(torch.finfo(expected.dtype).tiny)
-    return 0.5 * (features - expected).square().sum(-1) / power
-
-
-def _result(output: Any) -> tuple[Tensor, bool]:
-    """The tensor that is compared, and whether it holds logits of classes."""
-    logits = getattr(output, "logits", None)
-    return (output_features(output), False) if logits is None else (logits, True)
-
-
-@contextlib.contextmanager
-def _originals(dense: list[DenseMLP]) -> Iterator[None]:
-    """Within it, the model computes with its dense MLPs."""
-    with contextlib.ExitStack() as stack:
-        for mlp in dense:
-            stack.enter_context(mlp.original())
-        yield
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,8 +29,6 @@ class LayerData:
         weights: what each token counts ``[tokens]``, at most 1; see :func:`~.teacher.token_weights`.
         power: weighted mean of ``‖target‖²``: the unit of the loss.
         held_out: trailing rows that training never sees.
-        metric: ``[d, d]``, what an error of the output costs the model's predictions, see
-            :class:`~.sensitivity.Sensitivity`; None counts every direction alike.
     """
 
     name: str
@@ -39,7 +37,6 @@ class LayerData:
     weights: Tensor
     power: float
     held_out: int
-    metric: Tensor | None = None
 
     @property
     def trained(self) -> int:
@@ -97,40 +94,19 @@ def train_group(
 
 def relative_error(mlp: SharedMLP, layer: LayerData, compute_dtype: torch.dtype) -> float:
     """``Σ w ‖y − target‖² / Σ w ‖target‖²`` over the held-out rows, ``w`` the token weights."""
-    error = power = 0.0
-    for residual, target, weight in _held_out(mlp, layer, compute_dtype):
-        error += float(weight @ residual.square().sum(1))
-        power += float(weight @ target.square().sum(1))
-    return error / power if power > 0 else 0.0
-
-
-def predicted_cost(mlp: SharedMLP, layer: LayerData, compute_dtype: torch.dtype) -> float:
-    """``½ Σ w (y − target)ᵀ M (y − target) / Σ w`` over the held-out rows, ``M`` the metric of the layer.
-
-    In nats per token; without a metric, half the mean squared error.
-    """
-    cost = count = 0.0
-    for residual, _, weight in _held_out(mlp, layer, compute_dtype):
-        weighted = residual if layer.metric is None else residual @ layer.metric
-        cost += 0.5 * float(weight @ (residual * weighted).sum(1))
-        count += float(weight.sum())
-    return cost / count if count > 0 else 0.0
-
-
-def _held_out(
-    mlp: SharedMLP, layer: LayerData, compute_dtype: torch.dtype
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """``(y − target, target, token weights)`` of the held-out rows, float32, some at a time."""
     arguments = cast_arguments(mlp, compute_dtype)
     device = mlp.up.values.device
+    error = power = 0.0
     for start in range(layer.trained, layer.inputs.shape[0], _CHUNK):
         rows = slice(start, start + _CHUNK)
         with torch.no_grad():
-            target = layer.targets[rows].to(device).float()
+            target, weight = layer.targets[rows].to(device).float(), layer.weights[rows].to(device)
             y = functional.shared_mlp(layer.inputs[rows].to(device, compute_dtype), **arguments).float()
         if not bool(y.isfinite().all()):
             raise NumericalError(f"{layer.name}: its compressed output holds NaN or Inf")
-        yield y - target, target, layer.weights[rows].to(device)
+        error += float(weight @ (y - target).square().sum(1))
+        power += float(weight @ target.square().sum(1))
+    return error / power if power > 0 else 0.0
 
 
 def cast_arguments(mlp: SharedMLP, dtype: torch.dtype) -> dict:

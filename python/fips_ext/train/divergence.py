@@ -1,0 +1,112 @@
+"""How far the predictions of a compressed model are from those of the dense one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import NumericalError
+from ..surgery import DenseMLP
+from .activations import model_arguments, token_mask
+from .sensitivity import output_features
+
+_CHUNK = 256  # rows of logits in float32 at a time
+
+
+class Divergence:
+    """Runs batches through the dense and the compressed model.
+
+    What is compared are logits, by ``KL(dense ‖ compressed)`` in nats per prediction, or features, by half
+    their relative squared error.
+
+    Args:
+        model: computes with what is installed in place of ``dense``.
+        dense: the MLPs that were replaced; those that were not are used as they are.
+        compute_dtype: of matrix products, where the model is float32; else they have its dtype.
+    """
+
+    def __init__(self, model: nn.Module, dense: list[DenseMLP], compute_dtype: torch.dtype) -> None:
+        weight = dense[0].up.weight
+        self._model, self._dense, self._device = model, dense, weight.device
+        self._dtype = compute_dtype if weight.dtype == torch.float32 else weight.dtype
+
+    @torch.no_grad()
+    def mean(self, batches: list[Any]) -> float:
+        """Over batches that count alike.
+
+        Raises:
+            NumericalError: it is NaN or Inf.
+        """
+        return sum(self._of(batch, backward=False) for batch in batches) / len(batches)
+
+    def backward(self, batch: Any) -> float:
+        """Of one batch; adds gradients of the sum over its predictions to the parameters.
+
+        Raises:
+            NumericalError: it is NaN or Inf.
+        """
+        return self._of(batch, backward=True)
+
+    def _of(self, batch: Any, backward: bool) -> float:
+        args, kwargs = model_arguments(batch, self._device)
+        with torch.no_grad(), _originals(self._dense):
+            expected, is_logits = _result(self._model(*args, **kwargs))
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            found, _ = _result(self._model(*args, **kwargs))
+        tokens = token_mask(kwargs)
+        if tokens is None or tokens.shape != found.shape[:-1]:
+            tokens = torch.ones(found.shape[:-1], dtype=torch.bool)
+        weight = tokens.flatten().to(self._device, torch.float32)
+        rows, targets = found.reshape(-1, found.shape[-1]), expected.reshape(-1, expected.shape[-1])
+        gradient = torch.empty_like(rows) if backward else None
+        total = 0.0
+        for start in range(0, rows.shape[0], _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            x, t = rows[chunk].detach().float(), targets[chunk].float()
+            with torch.set_grad_enabled(backward):
+                x.requires_grad_(backward)
+                loss = weight[chunk] @ (_logit_divergence(x, t) if is_logits else _feature_divergence(x, t))
+            if backward:
+                gradient[chunk] = torch.autograd.grad(loss, x)[0].to(gradient.dtype)
+            total += float(loss.detach())
+        if not torch.isfinite(torch.tensor(total)):
+            raise NumericalError(
+                f"model: its divergence from the dense model is {total}; lower learning_rate, or check "
+                "the weights and the calibration data"
+            )
+        if backward:
+            # Of the sum: AdamW does not see the scale, and half precision would lose that of the mean.
+            rows.backward(gradient)
+        return total / max(1.0, float(weight.sum()))
+
+
+def _logit_divergence(logits: Tensor, expected: Tensor) -> Tensor:
+    """``KL(expected ‖ found)`` of each row."""
+    return F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True).sum(
+        -1
+    )
+
+
+def _feature_divergence(features: Tensor, expected: Tensor) -> Tensor:
+    power = expected.square().sum(-1).clamp_min(torch.finfo(expected.dtype).tiny)
+    return 0.5 * (features - expected).square().sum(-1) / power
+
+
+def _result(output: Any) -> tuple[Tensor, bool]:
+    """The tensor that is compared, and whether it holds logits of classes."""
+    logits = getattr(output, "logits", None)
+    return (output_features(output), False) if logits is None else (logits, True)
+
+
+@contextlib.contextmanager
+def _originals(dense: list[DenseMLP]) -> Iterator[None]:
+    """Within it, the model computes with its dense MLPs."""
+    with contextlib.ExitStack() as stack:
+        for mlp in dense:
+            stack.enter_context(mlp.original())
+        yield
