@@ -134,6 +134,7 @@ def test_calibration_is_spread_over_the_text():
     batches = text.calibration_windows(content, byte_tokenizer(), 5 * text.CALIBRATION_CONTEXT)
     firsts = byte_tokenizer().decode(torch.cat(batches)[:, 0])
     assert sorted(firsts) == list("acegi")
+    assert firsts[-1] == "i"  # the held-out eighth is of the end of the text
     more = text.calibration_windows(content, byte_tokenizer(), 5 * text.CALIBRATION_CONTEXT, 4)
     assert all(torch.equal(a, b) for a, b in zip(batches[:2], more[:2], strict=True))
     assert len(more) == 4

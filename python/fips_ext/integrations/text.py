@@ -154,9 +154,12 @@ def calibration_windows(text: str, tokenizer: Any, tokens: int, batches: int = 0
     """Model inputs that hold at least ``tokens`` tokens of ``text``, spread evenly over it, in random order.
 
     Neighbouring windows speak of one subject; a spread sample sees more of the language for the same cost.
+    Only the last eighth, which is held back to measure on, comes from the last eighth of the text: held-out
+    windows of subjects that were calibrated on would flatter whatever fits its data most closely.
 
     Args:
-        batches: at least as many, if the text is long enough; the further ones follow the first.
+        batches: at least as many, if the text is long enough; the further ones follow the first, and their
+            last eighth, too, is of the last eighth of the text.
 
     Returns:
         int64 ``[B, T]`` batches.
@@ -172,13 +175,22 @@ def calibration_windows(text: str, tokenizer: Any, tokens: int, batches: int = 0
             "calibrate; give a longer text or ask for fewer calibration tokens"
         )
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.arange(wanted) * len(windows) // wanted
-    rest = torch.ones(len(windows), dtype=torch.bool)
-    rest[chosen] = False
-    rest = rest.nonzero().flatten()
+    parts = torch.arange(len(windows)).tensor_split([len(windows) * 7 // 8])
+    counts = [wanted * 7 // 8, wanted - wanted * 7 // 8]
     more = max(0, batches * _CALIBRATION_BATCH - wanted)
-    order = [part[torch.randperm(len(part), generator=generator)] for part in (chosen, rest)]
-    return list(windows[torch.cat([order[0], order[1][:more]])].split(_CALIBRATION_BATCH))
+    left = [len(part) - count for part, count in zip(parts, counts, strict=True)]
+    last = min(left[1], max(more // 8, more - left[0]))
+    first, further = [], []
+    for part, count, extra in zip(parts, counts, (more - last, last), strict=True):
+        chosen = torch.zeros(len(part), dtype=torch.bool)
+        chosen[torch.arange(count) * len(part) // count if count else []] = True
+        first.append(_shuffled(part[chosen], generator))
+        further.append(_shuffled(part[~chosen], generator)[:extra])
+    return list(windows[torch.cat([*first, *further])].split(_CALIBRATION_BATCH))
+
+
+def _shuffled(items: Tensor, generator: torch.Generator) -> Tensor:
+    return items[torch.randperm(len(items), generator=generator)]
 
 
 def _start_token(tokenizer: Any) -> Tensor:
