@@ -34,6 +34,7 @@ recipes = st.builds(
     rank=st.none() | st.integers(1, 16),
     base=st.sampled_from(("shared", "identity", "both")),
     per_role=st.booleans(),
+    bits=st.sampled_from((None, 8, 4)),
 )
 
 
@@ -59,7 +60,14 @@ def recount(plan: Plan) -> int:
     mask = blocks * math.prod(pattern.block) // 8 if pattern.kind == "bitmap" else 0
     base = plan.bases * shape.width * plan.rank
     index = 4 * (shape.slices * (grid_columns + 1) + blocks)
-    return (base + values + shape.biases) * shape.element_size + index + mask
+    scales = 0 if plan.bits is None else 2 * blocks * pattern.block[1]
+    if plan.bits is None:
+        stored = values * shape.element_size
+    elif plan.bits == 4 and pattern.kind == "bitmap":  # a code may pad each block; slices end with bytes
+        stored = math.ceil(values / 2) + shape.slices * math.ceil(blocks // shape.slices / 2)
+    else:
+        stored = values * plan.bits // 8
+    return (base + shape.biases) * shape.element_size + stored + scales + index + mask
 
 
 @given(recipes, shapes)
@@ -80,7 +88,9 @@ def test_nothing_more_would_fit(recipe: Recipe, shape: GroupShape) -> None:
     grid_rows = math.ceil(plan.rows / plan.pattern.block[0])
     grid_columns = math.ceil(shape.hidden / plan.pattern.block[1])
     most = plan.rows * shape.columns if unit == 1 else grid_rows * grid_columns * shape.slices
-    step = unit * shape.element_size + (0 if unit == 1 else 4)
+    step = math.ceil(unit * (plan.bits or 8 * shape.element_size) / 8) + (0 if unit == 1 else 4)
+    if plan.bits is not None and unit > 1:
+        step += 2 * plan.pattern.block[1]  # scales
     assert plan.count == most or plan.nbytes + step > math.floor(recipe.ratio * shape.dense_bytes)
 
 
@@ -130,8 +140,12 @@ def test_slice_bytes_equal_what_a_slice_stores() -> None:
     mask = torch.rand(70, 90) < 0.3
     for pattern in map(Pattern.parse, ("bitmap:16x32", "block:32x16")):
         packed = BlockSparse.from_dense(dense, pattern.block, pattern.encoding, mask)
-        counted = slice_bytes(70, 90, pattern, packed.num_blocks, packed.values.numel(), 2)
-        assert counted == packed.nbytes()
+        values = packed.values.numel()
+        assert slice_bytes(70, 90, pattern, packed.num_blocks, values, 2) == packed.nbytes()
+        for bits in (8, 4):
+            codes = packed.quantised(bits)
+            held = codes.values.numel() * 8 // bits
+            assert slice_bytes(70, 90, pattern, codes.num_blocks, held, 2, bits) == codes.nbytes()
 
 
 @pytest.mark.parametrize("per_role", [False, True])

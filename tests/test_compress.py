@@ -129,8 +129,35 @@ def test_every_recipe(base: str, pattern: str, per_role: bool) -> None:
     assert report.mlp_ratio <= 0.9
 
 
-def test_bytes_are_those_of_the_state_dict() -> None:
-    model, _, report = compressed("bert")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["llama", "vit", "bert"])
+@pytest.mark.parametrize("pattern", ["bitmap:16x16", "block:16x16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_stay_within_the_bytes_and_keep_more(bits, name, pattern, dtype) -> None:
+    """At equal bytes, fewer bits a value and more values; what is measured is what is stored."""
+    errors, ratio = {}, 0.45 if bits == 4 and pattern.startswith("bitmap") else 0.7
+    for choice in (None, bits):
+        torch.manual_seed(2)
+        model, x = build(name)
+        model.to(dtype)
+        x = x.to(dtype) if x.is_floating_point() else x
+        with torch.no_grad():
+            expected = next(iter(model(x).values())).float()
+        fields = {"pattern": pattern, "bits": choice, "base": "identity", "distill_steps": 2}
+        report = compress(model, recipe(ratio=ratio, **fields), [x] * 8)
+        assert report.mlp_ratio <= ratio
+        factors = [f for m in shared_mlps(model).values() for f in m.factors().values()]
+        assert {f.bits for f in factors} == {choice}
+        stored = sum(t.nbytes for m in shared_mlps(model).values() for t in m.state_dict().values())
+        assert stored == sum(layer.nbytes for layer in report.layers)
+        with torch.no_grad():
+            errors[choice] = float((next(iter(model(x).values())).float() - expected).norm())
+    assert errors[bits] < errors[None]
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_bytes_are_those_of_the_state_dict(bits) -> None:
+    model, _, report = compressed("bert", bits=bits)
     stored = sum(
         tensor.numel() * tensor.element_size()
         for mlp in shared_mlps(model).values()

@@ -9,6 +9,9 @@
 //   `bitmap`  mask [num_blocks, bn, bk / 8], bit k % 8 of byte k / 8 says whether slot (j, k) is
 //   stored;
 //             values packed in slot order, block b at block_ptr[b].
+// Values are of the type of x; or codes, whose value is code * scale of the row j of their block:
+//   kInt8     one int8 each, scales float16 [num_blocks, bn]
+//   kInt4     two to a byte, the low half first; in a bitmap every block starts with a whole byte
 // Slots past a ragged edge are padding and hold zeros.
 #pragma once
 
@@ -20,6 +23,8 @@
 #include "core/types.h"
 
 namespace fips {
+
+enum class Storage : int32_t { kPlain, kInt8, kInt4 };
 
 struct BlockSparseView {
   int64_t rows = 0;
@@ -37,11 +42,14 @@ struct BlockSparseView {
   const int32_t* block_id = nullptr;
   const uint8_t* mask = nullptr;       // null: `block` encoding
   const int32_t* block_ptr = nullptr;  // null: `block` encoding
+  Storage storage = Storage::kPlain;
+  const Half* scales = nullptr;  // null: kPlain
 
   FIPS_HOST_DEVICE int64_t block_rows() const { return (rows + bk - 1) / bk; }
   FIPS_HOST_DEVICE int64_t block_cols() const { return (cols + bn - 1) / bn; }
   FIPS_HOST_DEVICE int64_t slots() const { return static_cast<int64_t>(bk) * bn; }
   FIPS_HOST_DEVICE bool is_bitmap() const { return mask != nullptr; }
+  FIPS_HOST_DEVICE bool is_quantised() const { return storage != Storage::kPlain; }
 };
 
 inline bool is_allowed_block_edge(int64_t edge) {
@@ -112,7 +120,8 @@ inline void check_view(const BlockSparseView& v, const char* name) {
       memcpy(&word, v.mask + b * mask_bytes + i, sizeof word);
       ones += __builtin_popcountll(word);
     }
-    FIPS_CHECK(ones == int64_t{v.block_ptr[b + 1]} - v.block_ptr[b], name,
+    const int64_t held = v.storage == Storage::kInt4 ? ones + ones % 2 : ones;
+    FIPS_CHECK(held == int64_t{v.block_ptr[b + 1]} - v.block_ptr[b], name,
                ": the mask of stored block ", b, " keeps ", ones, " slots, but block_ptr gives it ",
                int64_t{v.block_ptr[b + 1]} - v.block_ptr[b], " values");
   }

@@ -10,6 +10,7 @@ class CpuDevice final : public Device {
   explicit CpuDevice(const Tensor&) {}
 
   void check_index(const BlockSparseView& v, const char* name) const override;
+  void prepare_quantised(Slice&) const override {}
   MmPath mm_path(const MmShape& shape) const override;
   MmPath sddmm_path(const MmShape& shape) const override;
   int64_t chunk_tokens(int64_t hidden, bool gradients) const override;

@@ -32,6 +32,19 @@ Tensor CudaDevice::workspace(int64_t bytes) const {
 // The index is in device memory; the kernels skip entries that lead outside.
 void CudaDevice::check_index(const BlockSparseView&, const char*) const {}
 
+void CudaDevice::prepare_quantised(Slice& slice) const {
+  BlockSparseView& v = slice.view;
+  const std::vector<int64_t> shape = v.is_bitmap() ? std::vector<int64_t>{v.num_values}
+                                                   : std::vector<int64_t>{v.num_blocks, v.bn, v.bk};
+  // Zeros, because nothing writes what pads a block to whole bytes.
+  const Tensor values = make_zeros(slice.values(), shape, scalar_type_of(v.dtype));
+  cuda::dequantise(v, values.mutable_data_ptr(), scope_.stream());
+  slice.tensors[0] = values;
+  v.values = values.const_data_ptr();
+  v.storage = Storage::kPlain;
+  v.scales = nullptr;
+}
+
 MmPath CudaDevice::mm_path(const MmShape& shape) const {
   return cuda::choose_mm_path(shape, tuning());
 }

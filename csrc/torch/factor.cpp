@@ -16,10 +16,16 @@ void Factor::verify() const {
   }
 }
 
+void Factor::check_trainable() const {
+  FIPS_CHECK(!quantised_, name_,
+             ": its values are quantised and have no gradient; train the float values, or take "
+             "BlockSparse.dequantised()");
+}
+
 const Tensor& Factor::dense_transposed() const {
   if (!dense_.has_value()) {
     verify();  // the filling follows the index
-    Tensor dense = make_empty(values(), {view().cols, view().rows});
+    Tensor dense = make_empty(values(), {view().cols, view().rows}, scalar_type_of(view().dtype));
     device_.fill_dense_transposed(view(), dense);
     dense_ = dense;
   }
@@ -98,6 +104,7 @@ Tensor Factor::mm_activated(const Tensor& x, const OptionalTensor& bias, const F
 }
 
 void Factor::add_sddmm(const Tensor& a, const Tensor& b, const Tensor& sums) const {
+  check_trainable();
   verify();
   const int64_t tokens = a.size(0);
   if (device_.sddmm_path(mm_shape(view(), tokens)) == MmPath::kDensified) {

@@ -12,8 +12,14 @@ class Factor {
  public:
   // `name` is the argument's name in messages; `device` outlives the factor.
   Factor(const Device& device, Slice slice, const char* name)
-      : device_(device), slice_(std::move(slice)), name_(name) {
+      : device_(device),
+        slice_(std::move(slice)),
+        name_(name),
+        quantised_(slice_.view.is_quantised()) {
     check_sizes(slice_.view, name);
+    if (quantised_) {
+      device_.prepare_quantised(slice_);
+    }
   }
 
   const BlockSparseView& view() const { return slice_.view; }
@@ -28,6 +34,9 @@ class Factor {
   // Validates every index, once. Products of a few tokens do without: they would spend a good part
   // of their time on it, and their kernels are safe with any index.
   void verify() const;
+
+  // Throws if the values are codes: those have no gradient.
+  void check_trainable() const;
 
   // x V + bias or x V^T + bias, for x [tokens, features] with contiguous features.
   Tensor mm(const Tensor& x, bool transpose,
@@ -51,6 +60,7 @@ class Factor {
   const Device& device_;
   Slice slice_;
   const char* name_;
+  bool quantised_;  // as given
   mutable bool verified_ = false;
   mutable std::optional<Tensor> dense_;  // V^T filled with zeros, made at the first need
 };

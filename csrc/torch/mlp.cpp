@@ -161,6 +161,11 @@ SharedMlpParams Mlp::params(const Tensor& x) const {
 }
 
 MlpGradients Mlp::zero_gradients(const Tensor& like) const {
+  up_.check_trainable();
+  if (gate_.has_value()) {
+    gate_->check_trainable();
+  }
+  down_.check_trainable();
   const ScalarType type = accumulator_type(dtype());
   auto zeros = [&](const Tensor& t) {
     return make_zeros(like, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()), type);

@@ -18,6 +18,7 @@ Tensor block_sparse_mm(const Device& device, const Tensor& x, const TensorList& 
 Tensor block_sparse_sddmm(const Device& device, const Tensor& a, const Tensor& b,
                           const TensorList& v, int64_t rows, int64_t cols) {
   const Factor factor(device, slice_of(v, rows, cols, a, "v"), "v");
+  factor.check_trainable();
   check_like(b, a, "b");
   FIPS_CHECK(last_dim(a, "a") == rows, "a: last dimension is ", last_dim(a, "a"),
              "; the slice has ", rows, " rows");

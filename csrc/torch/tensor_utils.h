@@ -47,6 +47,19 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
+inline ScalarType scalar_type_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return ScalarType::Double;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case DType::kFloat16:
+      return ScalarType::Half;
+    default:
+      return ScalarType::Float;
+  }
+}
+
 // The type gradients are summed in.
 inline ScalarType accumulator_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
@@ -147,26 +160,41 @@ struct Slice {
 // kernel guards its indices itself, or its caller validates them (Factor::verify).
 inline Slice slice_of(const TensorList& v, int64_t rows, int64_t cols, const Tensor& x,
                       const char* name) {
-  FIPS_CHECK(v.size() == 6 || v.size() == 8, name,
-             ": a slice is 6 tensors (block) or 8 (bitmap), got ", v.size(),
-             "; pass BlockSparse.tensors()");
-  const bool bitmap = v.size() == 8;
+  FIPS_CHECK(v.size() >= 6 && v.size() <= 9, name,
+             ": a slice is 6 tensors (block) or 8 (bitmap), and one more of scales where it is "
+             "quantised, got ",
+             v.size(), "; pass BlockSparse.tensors()");
+  const bool bitmap = v.size() >= 8, quantised = v.size() % 2 == 1;
+  const size_t scales = v.size() - 1;  // which tensor, where it is quantised
   Slice slice{v, {}};
-  FIPS_CHECK(v[0].scalar_type() == x.scalar_type(), name, ".values: dtype is ",
-             torch::headeronly::toString(v[0].scalar_type()), ", but x is ",
-             torch::headeronly::toString(x.scalar_type()), "; cast one of them");
+  if (quantised) {
+    FIPS_CHECK(v[0].scalar_type() == ScalarType::Char || v[0].scalar_type() == ScalarType::Byte,
+               name, ".values: dtype is ", torch::headeronly::toString(v[0].scalar_type()),
+               "; of a slice with scales it is int8, or uint8 for two codes of 4 bits");
+  } else {
+    FIPS_CHECK(v[0].scalar_type() == x.scalar_type(), name, ".values: dtype is ",
+               torch::headeronly::toString(v[0].scalar_type()), ", but x is ",
+               torch::headeronly::toString(x.scalar_type()), "; cast one of them");
+  }
   static constexpr const char* kNames[] = {"values",  "col_ptr",  "row_idx", "row_ptr",
                                            "col_idx", "block_id", "mask",    "block_ptr"};
+  auto name_of = [&](size_t i) { return quantised && i == scales ? "scales" : kNames[i]; };
+  auto type_of = [&](size_t i) {
+    if (quantised && i == scales) {
+      return ScalarType::Half;
+    }
+    return i == 6 ? ScalarType::Byte : ScalarType::Int;
+  };
   for (size_t i = 0; i < v.size(); ++i) {
-    FIPS_CHECK(same_device(v[i], x), name, ".", kNames[i],
+    FIPS_CHECK(same_device(v[i], x), name, ".", name_of(i),
                ": is on another device than x; move it with .to(x.device)");
     if (i > 0) {
-      const ScalarType wanted = i == 6 ? ScalarType::Byte : ScalarType::Int;
-      FIPS_CHECK(v[i].scalar_type() == wanted, name, ".", kNames[i], ": dtype is ",
+      const ScalarType wanted = type_of(i);
+      FIPS_CHECK(v[i].scalar_type() == wanted, name, ".", name_of(i), ": dtype is ",
                  torch::headeronly::toString(v[i].scalar_type()), "; expected ",
                  torch::headeronly::toString(wanted));
-      FIPS_CHECK(i == 6 || v[i].dim() == 1, name, ".", kNames[i], ": expected one dimension, got ",
-                 shape_of(v[i]));
+      FIPS_CHECK(wanted != ScalarType::Int || v[i].dim() == 1, name, ".", name_of(i),
+                 ": expected one dimension, got ", shape_of(v[i]));
     }
     if (!v[i].is_contiguous()) {
       slice.tensors[i] = torch::stable::contiguous(v[i]);
@@ -182,13 +210,17 @@ inline Slice slice_of(const TensorList& v, int64_t rows, int64_t cols, const Ten
   view.cols = cols;
   FIPS_CHECK(shaped.size(1) <= 128 && shaped.size(2) <= 128, name,
              ": block edges must be 16, 32, 64 or 128");
+  if (quantised) {
+    view.storage = v[0].scalar_type() == ScalarType::Char ? Storage::kInt8 : Storage::kInt4;
+  }
+  const int32_t codes = view.storage == Storage::kInt4 ? 2 : 1;  // in an element of the values
   view.bn = static_cast<int32_t>(shaped.size(1));
-  view.bk = static_cast<int32_t>(shaped.size(2) * (bitmap ? 8 : 1));
+  view.bk = static_cast<int32_t>(shaped.size(2) * (bitmap ? 8 : codes));
   FIPS_CHECK(is_allowed_block_edge(view.bk) && is_allowed_block_edge(view.bn), name, ": block is ",
              view.bk, "x", view.bn, "; each edge must be 16, 32, 64 or 128");
   view.num_blocks = shaped.size(0);
-  view.num_values = v[0].numel();
-  view.dtype = dtype_of(v[0], name);
+  view.num_values = v[0].numel() * codes;
+  view.dtype = dtype_of(x, "x");
   const int64_t lengths[] = {0,
                              view.block_cols() + 1,
                              view.num_blocks,
@@ -197,10 +229,16 @@ inline Slice slice_of(const TensorList& v, int64_t rows, int64_t cols, const Ten
                              view.num_blocks,
                              0,
                              view.num_blocks + 1};
-  for (size_t i = 1; i < v.size(); ++i) {
+  for (size_t i = 1; i < (quantised ? scales : v.size()); ++i) {
     FIPS_CHECK(i == 6 || v[i].size(0) == lengths[i], name, ".", kNames[i], ": expected ",
                lengths[i], " entries for shape (", rows, ", ", cols, ") in blocks of ", view.bk,
                "x", view.bn, ", got ", v[i].size(0));
+  }
+  if (quantised) {
+    const Tensor& s = v[scales];
+    FIPS_CHECK(s.dim() == 2 && s.size(0) == view.num_blocks && s.size(1) == view.bn, name,
+               ".scales: expected shape [", view.num_blocks, ", ", view.bn, "], got ", shape_of(s));
+    view.scales = static_cast<const Half*>(slice.tensors[scales].const_data_ptr());
   }
   view.values = slice.tensors[0].const_data_ptr();
   auto index = [&](size_t i) {

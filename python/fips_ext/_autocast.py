@@ -19,12 +19,12 @@ _library: torch.library.Library | None = None
 
 
 def _cast(argument, dtype: torch.dtype):
-    """Cast floating tensors (float64 stays: nobody lowers it by accident), also inside a slice."""
+    """Cast floating tensors (float64 stays: nobody lowers it by accident), of a slice its values only."""
     if isinstance(argument, Tensor):
         wanted = argument.is_floating_point() and argument.dtype != torch.float64
         return argument.to(dtype) if wanted else argument
     if isinstance(argument, list | tuple):
-        return [_cast(item, dtype) for item in argument]
+        return [_cast(argument[0], dtype), *argument[1:]]
     return argument
 
 

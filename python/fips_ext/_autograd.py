@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .layout import blocks_of_codes
+
 ops = torch.ops.fips
 
 
@@ -112,8 +114,12 @@ def _mlp_gradients(arguments, gradients):
 
 def _mlp_backward(ctx, grad):
     x, *rest = _load_mlp(ctx)
-    gradients = ops.shared_mlp_backward(grad, x, *rest, ctx.hidden, ctx.activation, ctx.identity)
-    return gradients[0], *_mlp_gradients(rest, gradients[1:]), None, None, None
+    # Codes have no gradient, but what is before and beside them may.
+    codes = [isinstance(t, list) and len(t) % 2 == 1 for t in rest]
+    plain = [blocks_of_codes(t, x.dtype) if c else t for t, c in zip(rest, codes, strict=True)]
+    gradients = ops.shared_mlp_backward(grad, x, *plain, ctx.hidden, ctx.activation, ctx.identity)
+    found = [None if c else g for g, c in zip(gradients[1:], codes, strict=True)]
+    return gradients[0], *_mlp_gradients(rest, found), None, None, None
 
 
 # -- reconstruction_loss: the forward pass made the gradients already --------------------------------------

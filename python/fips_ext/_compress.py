@@ -20,6 +20,7 @@ from .errors import BudgetError, InvalidArgument
 from .init import Factors, ScoreCurve, SliceProblem, allocate, factorise, unit_scores
 from .layout import BlockSparse
 from .nn import SharedBase, SharedMLP, SparseFactor
+from .nn.factor import FloatValues
 from .recipe import Recipe
 from .report import LayerReport, Report
 from .surgery import DenseMLP, find_mlps
@@ -36,6 +37,9 @@ from .train import (
 )
 
 Progress = Callable[[int, int], None]
+# A base with values of its own fits its calibration data more closely than held-out tokens of the same source
+# tell: it must be better than the plain identity by this share of the divergence to be taken.
+_BASE_MARGIN = 0.05
 _DISTILL_WORK = 2  # steps of every group that one of the whole model takes as long as
 
 
@@ -151,9 +155,9 @@ class Compression:
         """The closed form, float32, not yet in the model; settles ``group.plan``.
 
         Of the bases that the recipe allows, at the same bytes, the one that costs the model's predictions
-        less, with all other groups dense. Held-out tokens decide, because a base with values of its own fits
-        what it has seen; and the model itself, because errors over one base add up over its layers, which no
-        layer shows alone.
+        less, with all other groups dense. Held-out tokens decide, by a margin, because a base with values of
+        its own fits what it has seen; and the model itself, because errors over one base add up over its
+        layers, which no layer shows alone.
         """
         start = time.perf_counter()
         problems, device = self._problems(group), group.mlps[0].up.weight.device
@@ -167,6 +171,7 @@ class Compression:
                 cost = factors.error
             else:
                 cost = self._divergence_alone(group, shared)
+            cost *= 1 + _BASE_MARGIN if plan.bases > 0 else 1
             if lowest is None or cost < lowest:
                 lowest, group.plan, group.shared = cost, plan, shared
         self.meter.advance()
@@ -207,13 +212,16 @@ class Compression:
 
     @contextlib.contextmanager
     def rounded(self) -> Iterator[None]:
-        """Within it the installed factors are in the dtype of the model; after it, as exact as before."""
+        """Within it the installed factors are what will be stored; after it, as exact as before."""
         masters = [(parameter, parameter.data) for mlp in self._shared() for parameter in mlp.parameters()]
+        values: list[tuple[SparseFactor, FloatValues]] = []
         try:
             for group in self.groups:
-                group.round()
+                values += group.round()
             yield
         finally:
+            for factor, before in values:
+                factor.restore(before)
             for parameter, data in masters:
                 parameter.data = data
 
@@ -299,10 +307,13 @@ class Group:
         shape = shape_of(mlps)
         return cls(mlps, first, budget.solve(recipe, shape), budget.allowed_bytes(recipe, shape))
 
-    def round(self) -> None:
-        """Bring the factors to the dtype of the model."""
+    def round(self) -> list[tuple[SparseFactor, FloatValues]]:
+        """Bring the factors to what is stored: codes, the dtype of the model; returns what undoes codes."""
+        factors = [f for mlp in self.shared for f in mlp.factors().values() if f.rounding is not None]
+        before = [(factor, factor.quantise()) for factor in factors]
         for mlp in self.shared:
             mlp.to(self.mlps[0].up.weight.dtype)
+        return before
 
     def reports(self) -> list[LayerReport]:
         reports = []
@@ -370,6 +381,8 @@ def build(group: list[DenseMLP], factors: Factors, plan: budget.Plan) -> list[Sh
             )
             for role, v in values.items()
         }
+        for role, scales in (factors.scales[i] if plan.bits is not None else {}).items():
+            slices[role].round_to(plan.bits, scales)
         biases = {
             f"{role}_bias": linear.bias.detach().float()[... if role == "down" else order].clone()
             for role, linear in dense.linears().items()

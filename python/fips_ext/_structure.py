@@ -169,6 +169,7 @@ def _describe_factor(factor: SparseFactor) -> Json:
         "encoding": layout.encoding,
         "num_blocks": layout.num_blocks,
         "num_values": layout.values.numel(),
+        "bits": layout.bits,
     }
 
 

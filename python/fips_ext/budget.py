@@ -1,7 +1,8 @@
 """Bytes and multiply-adds of a group of MLPs, and the solver that makes them meet a ratio.
 
-What is counted is what a checkpoint stores: bases, values, block index, masks and biases, all value tensors
-in one dtype (arXiv 2411.09816 counts ``d·r + nnz(V)`` values only and forgets the rest).
+What is counted is what a checkpoint stores: bases, values or codes and their scales, block index, masks and
+biases, all floating values in one dtype (arXiv 2411.09816 counts ``d·r + nnz(V)`` values only and forgets the
+rest).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from .errors import BudgetError
 from .layout import grid_shape
 from .nn import SharedMLP
+from .quantise import SCALE_DTYPE, Bits
 from .recipe import Pattern, Recipe
 
 _INDEX_BYTES = 4  # col_ptr and row_idx are int32
@@ -83,7 +85,9 @@ class Plan:
         identity: whether the base reads ``[U, I]``.
         bases: stored bases: 1, or 2 with one per role, or 0.
         count: stored values (``bitmap``) or stored blocks (``block``, ``dense``) over all slices.
-        nbytes: an upper bound of what is stored; reached when every bitmap block holds a value.
+        nbytes: an upper bound of what is stored; reached when every bitmap block holds a value (and of codes
+            of 4 bits an odd number).
+        bits: of a code; None where values are stored.
     """
 
     shape: GroupShape
@@ -93,6 +97,7 @@ class Plan:
     bases: int
     count: int
     nbytes: int
+    bits: Bits | None = None
 
     @property
     def rows(self) -> int:
@@ -116,7 +121,8 @@ class Plan:
 
     def with_count(self, count: int) -> Plan:
         """The same plan with another number of stored units."""
-        nbytes = self.nbytes + (count - self.count) * _unit_bytes(self.pattern, self.shape)
+        bits = _unit_bits(self.pattern, self.shape, self.bits)
+        nbytes = self.nbytes - _whole_bytes(self.count * bits) + _whole_bytes(count * bits)
         return dataclasses.replace(self, count=count, nbytes=nbytes)
 
 
@@ -166,11 +172,24 @@ def allowed_bytes(recipe: Recipe, shape: GroupShape) -> int:
     return math.floor(recipe.ratio * shape.dense_bytes)
 
 
-def slice_bytes(rows: int, cols: int, pattern: Pattern, blocks: int, values: int, element_size: int) -> int:
-    """Bytes of one slice in a checkpoint, with ``blocks`` stored blocks and ``values`` stored values."""
+def slice_bytes(
+    rows: int,
+    cols: int,
+    pattern: Pattern,
+    blocks: int,
+    values: int,
+    element_size: int,
+    bits: Bits | None = None,
+) -> int:
+    """Bytes of one slice in a checkpoint, with ``blocks`` stored blocks and ``values`` stored values.
+
+    Of the codes of 4 bits in a bitmap, ``values`` includes those that pad a block to whole bytes.
+    """
     _, block_columns = grid_shape(rows, cols, pattern.block)
     mask = blocks * math.prod(pattern.block) // 8 if pattern.kind == "bitmap" else 0
-    return values * element_size + (block_columns + 1 + blocks) * _INDEX_BYTES + mask
+    scales = blocks * _scale_bytes(pattern, bits)
+    packed = _whole_bytes(values * (bits or 8 * element_size))
+    return packed + (block_columns + 1 + blocks) * _INDEX_BYTES + mask + scales
 
 
 def mlp_bytes(mlps: Iterable[SharedMLP]) -> int:
@@ -208,7 +227,10 @@ def _fixed(recipe: Recipe, shape: GroupShape, rank: int) -> Stored:
     pattern = recipe.parsed_pattern
     rows = _rows(recipe, shape, rank)
     stored = math.prod(grid_shape(rows, shape.hidden, pattern.block)) if pattern.kind == "bitmap" else 0
-    index = shape.slices * slice_bytes(rows, shape.hidden, pattern, stored, 0, shape.element_size)
+    padding = stored if recipe.bits == 4 else 0
+    index = shape.slices * slice_bytes(
+        rows, shape.hidden, pattern, stored, padding, shape.element_size, recipe.bits
+    )
     base = _bases(recipe) * shape.width * rank * shape.element_size
     return Stored(base, index, shape.biases * shape.element_size)
 
@@ -218,16 +240,19 @@ def _spend(recipe: Recipe, shape: GroupShape, rank: int, budget: int) -> Plan | 
     pattern = recipe.parsed_pattern
     if budget < _least_bytes(recipe, shape, rank):
         return None
-    unit = _unit_bytes(pattern, shape)
+    unit = _unit_bits(pattern, shape, recipe.bits)
     fixed = sum(_fixed(recipe, shape, rank))
-    count = min((budget - fixed) // unit, _most(recipe, shape, rank))
-    return Plan(shape, pattern, rank, recipe.base != "shared", _bases(recipe), count, fixed + count * unit)
+    count = min((budget - fixed) * 8 // unit, _most(recipe, shape, rank))
+    nbytes = fixed + _whole_bytes(count * unit)
+    identity = recipe.base != "shared"
+    return Plan(shape, pattern, rank, identity, _bases(recipe), count, nbytes, recipe.bits)
 
 
 def _least_bytes(recipe: Recipe, shape: GroupShape, rank: int) -> int:
     """Bytes of the sparsest plan that is not degenerate; ``dense`` has no choice."""
     least = _least_count(recipe.parsed_pattern, shape, _rows(recipe, shape, rank))
-    return sum(_fixed(recipe, shape, rank)) + least * _unit_bytes(recipe.parsed_pattern, shape)
+    unit = _unit_bits(recipe.parsed_pattern, shape, recipe.bits)
+    return sum(_fixed(recipe, shape, rank)) + _whole_bytes(least * unit)
 
 
 def _least_count(pattern: Pattern, shape: GroupShape, rows: int) -> int:
@@ -262,7 +287,16 @@ def _unit_values(pattern: Pattern) -> int:
     return 1 if pattern.kind == "bitmap" else math.prod(pattern.block)
 
 
-def _unit_bytes(pattern: Pattern, shape: GroupShape) -> int:
-    """Bytes of one stored value (``bitmap``) or of one block with its ``row_idx`` entry."""
-    index = 0 if pattern.kind == "bitmap" else _INDEX_BYTES
-    return _unit_values(pattern) * shape.element_size + index
+def _unit_bits(pattern: Pattern, shape: GroupShape, bits: Bits | None) -> int:
+    """Of one stored value (``bitmap``) or of one block with its scales and its ``row_idx`` entry."""
+    rest = 0 if pattern.kind == "bitmap" else _INDEX_BYTES + _scale_bytes(pattern, bits)
+    return _unit_values(pattern) * (bits or 8 * shape.element_size) + 8 * rest
+
+
+def _scale_bytes(pattern: Pattern, bits: Bits | None) -> int:
+    """Of one block."""
+    return 0 if bits is None else pattern.block[1] * SCALE_DTYPE.itemsize
+
+
+def _whole_bytes(bits: int) -> int:
+    return -(-bits // 8)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ._atomic import replaced_directory
 from ._structure import SECTIONS, Json, describe, rebuild, restore_buffer_dtypes, retie
 from .errors import CheckpointError, InvalidArgument
+from .nn.factor import SparseFactor
 from .recipe import Recipe
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: slices may hold codes
 _WEIGHTS, _STRUCTURE, _CONFIG, _GENERATION = (
     "model.safetensors",
     "fips.json",
@@ -36,6 +37,7 @@ _DTYPE_NAMES = {
     torch.float16: "F16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -150,14 +152,14 @@ def info(directory: str | Path) -> Json:
     folder = Path(directory)
     structure = _read_structure(folder)
     sizes = _tensor_sizes(folder / _WEIGHTS)
-    sums = dict.fromkeys(("bases", "values", "index", "masks", "biases", "other"), 0)
+    sums = dict.fromkeys(("bases", "values", "scales", "index", "masks", "biases", "other"), 0)
     components: dict[str, str] = {}
     dense = 0
     try:
         for entry in structure["mlps"]:
             names = _component_names(entry)
             components.update(names)
-            value_bytes = sizes[f"{entry['paths'][0]}.down.values"][1]
+            value_bytes = sizes[f"{entry['base_owner']}.base.weight"][1]
             weights = len(entry["slices"]) * entry["width"] * entry["hidden"]
             bias_bytes = [sizes[name][0] for name, part in names.items() if part == "biases"]
             dense += weights * value_bytes + sum(bias_bytes)
@@ -327,12 +329,13 @@ def _read_tensors(
         with safe_open(path, framework="pt", device="cpu") as file:
             stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             _check_names(path, set(expected) - set(tied), set(stored))
+            scales = {f"{name}.scales" for name, m in model.named_modules() if isinstance(m, SparseFactor)}
             for name, header in stored.items():
-                _check_tensor(path, name, header, expected[name])
+                _check_tensor(path, name, header, expected[name], name in scales)
             tensors = {}
             for name in stored:
                 tensor = file.get_tensor(name)
-                cast = dtype if tensor.is_floating_point() else None
+                cast = dtype if tensor.is_floating_point() and name not in scales else None
                 # A copy: the file maps tensors at any address, while kernels like (and the last bits of a
                 # matrix product depend on) the alignment of the allocator.
                 tensors[name] = tensor.to(device=device, dtype=cast or tensor.dtype, copy=True)
@@ -351,10 +354,12 @@ def _check_names(path: Path, expected: set[str], stored: set[str]) -> None:
     )
 
 
-def _check_tensor(path: Path, name: str, header: Any, expected: Tensor) -> None:
+def _check_tensor(path: Path, name: str, header: Any, expected: Tensor, exact: bool) -> None:
+    """``exact``: of a floating tensor, too, the dtype is part of the format."""
     shape, stored = list(header.get_shape()), header.get_dtype()
     wanted = list(expected.shape)
-    fits = stored in _FLOATING if expected.is_floating_point() else stored == _DTYPE_NAMES.get(expected.dtype)
+    any_float = expected.is_floating_point() and not exact
+    fits = stored in _FLOATING if any_float else stored == _DTYPE_NAMES.get(expected.dtype)
     if shape != wanted or not fits:
         raise CheckpointError(
             f"{path}: {name} is {stored} {shape}, but fips.json and config.json say {expected.dtype} "
@@ -393,6 +398,8 @@ def _component_names(entry: Json) -> dict[str, str]:
         names[f"{path}.{role}.col_ptr"] = names[f"{path}.{role}.row_idx"] = "index"
         if sizes["encoding"] == "bitmap":
             names[f"{path}.{role}.mask"] = "masks"
+        if sizes.get("bits") is not None:
+            names[f"{path}.{role}.scales"] = "scales"
     return names
 
 

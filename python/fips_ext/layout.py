@@ -9,6 +9,9 @@ padded with zeros. Two encodings share the index:
             ``mask uint8 [nnzb, bn, bk / 8]`` (bit ``k % 8`` of byte ``k / 8``), ``values [nnz]``,
             ``block_ptr int32 [nnzb + 1]``.
 
+Either may hold codes of 8 or 4 bits instead of values, and a scale per row of a block
+(:mod:`fips_ext.quantise`).
+
 A layout is immutable; the values are the parameter.
 """
 
@@ -20,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from . import quantise
 from .errors import InvalidArgument
 
 Encoding = Literal["block", "bitmap"]
@@ -78,11 +82,13 @@ class BlockSparse:
     Attributes:
         rows, cols: logical shape ``(r, n)``.
         block: ``(bk, bn)``, each edge one of 16, 32, 64, 128.
-        values: ``[nnzb, bn, bk]`` (``block``) or ``[nnz]`` (``bitmap``), any floating dtype.
+        values: ``[nnzb, bn, bk]`` (``block``) or ``[nnz]`` (``bitmap``), any floating dtype; or codes, see
+            :func:`fips_ext.quantise.pack_codes`.
         col_ptr: int32 ``[block cols + 1]``, first stored block of each block column.
         row_idx: int32 ``[nnzb]``, block row of each stored block, increasing inside a column.
         row_ptr, col_idx, block_id: the transposed index, int32 ``[block rows + 1]``, ``[nnzb]``, ``[nnzb]``.
         mask, block_ptr: ``bitmap`` only, see the module docstring.
+        scales: of codes only: float16 ``[nnzb, bn]``.
     """
 
     rows: int
@@ -96,6 +102,7 @@ class BlockSparse:
     block_id: Tensor
     mask: Tensor | None = None
     block_ptr: Tensor | None = None
+    scales: Tensor | None = None
 
     # -- construction ---------------------------------------------------------------------------
 
@@ -146,27 +153,60 @@ class BlockSparse:
         col_ptr: Tensor,
         row_idx: Tensor,
         mask: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> BlockSparse:
         """Complete a slice from what a checkpoint stores; validates every index."""
         nbk, nbn = grid_shape(rows, cols, check_block(block))
         _check_index(col_ptr, row_idx, nbk, nbn)
         row_ptr, col_idx, block_id = transpose_index(col_ptr, row_idx, nbk)
         nnzb = row_idx.numel()
+        bits = _check_scales(values, scales, (nnzb, block[1]))
         block_ptr = None
         if mask is None:
-            expected = (nnzb, block[1], block[0])
+            expected = (nnzb, block[1], block[0] // (2 if bits == 4 else 1))
         else:
             if mask.dtype != torch.uint8 or mask.shape != (nnzb, block[1], block[0] // 8):
                 raise InvalidArgument(
                     f"mask: expected uint8 {(nnzb, block[1], block[0] // 8)}, "
                     f"got {mask.dtype} {tuple(mask.shape)}"
                 )
-            block_ptr = block_ptr_of(mask)
-            expected = (int(block_ptr[-1]),)
+            block_ptr = block_ptr_of(mask, bits)
+            expected = (int(block_ptr[-1]) // (2 if bits == 4 else 1),)
         if tuple(values.shape) != expected:
             raise InvalidArgument(f"values: expected shape {expected}, got {tuple(values.shape)}")
-        _check_padding(rows, cols, block, col_ptr, row_idx, values if mask is None else unpack_bits(mask))
-        return cls(rows, cols, block, values, col_ptr, row_idx, row_ptr, col_idx, block_id, mask, block_ptr)
+        if mask is not None:
+            slots = unpack_bits(mask)
+        else:
+            slots = values if bits is None else quantise.unpack_codes(values)
+        _check_padding(rows, cols, block, col_ptr, row_idx, slots)
+        index = (col_ptr, row_idx, row_ptr, col_idx, block_id)
+        return cls(rows, cols, block, values, *index, mask, block_ptr, scales)
+
+    def quantised(self, bits: quantise.Bits, scales: Tensor | None = None) -> BlockSparse:
+        """The same slice with its values as codes; ``scales`` float16 ``[nnzb, bn]``, default the best."""
+        tiles = self.tiles()
+        if scales is None:
+            scales = quantise.choose_scales(tiles, bits)
+        codes = quantise.encode(tiles, scales, bits)
+        kept = None if self.mask is None else unpack_bits(self.mask)
+        return dataclasses.replace(
+            self,
+            values=quantise.pack_codes(codes, bits, kept),
+            block_ptr=None if self.mask is None else block_ptr_of(self.mask, bits),
+            scales=scales,
+        )
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> BlockSparse:
+        """The same slice with values in place of codes; itself if it has values."""
+        if self.bits is None:
+            return self
+        tiles = self.tiles(dtype)
+        return dataclasses.replace(
+            self,
+            values=tiles if self.mask is None else tiles[unpack_bits(self.mask)],
+            block_ptr=None if self.mask is None else block_ptr_of(self.mask),
+            scales=None,
+        )
 
     def with_values(self, values: Tensor) -> BlockSparse:
         """The same layout over other values (of the same shape)."""
@@ -180,29 +220,44 @@ class BlockSparse:
 
     def tensors(self) -> list[Tensor]:
         """The tensors of this slice in the order that every ``torch.ops.fips`` op expects."""
+        optional = [self.mask, self.block_ptr, self.scales]
         index = [self.col_ptr, self.row_idx, self.row_ptr, self.col_idx, self.block_id]
-        if self.mask is None:
-            return [self.values, *index]
-        return [self.values, *index, self.mask, self.block_ptr]
+        return [self.values, *index, *[t for t in optional if t is not None]]
 
-    def to_dense(self) -> Tensor:
-        """Dense ``[r, n]``, differentiable in the values."""
+    def tiles(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Stored blocks ``[nnzb, bn, bk]`` with zeros where nothing is stored; ``dtype``: of codes."""
+        kept = None if self.mask is None else unpack_bits(self.mask)
+        if self.bits is not None:
+            codes = quantise.unpack_codes(self.values, kept, self.block_ptr)
+            return quantise.decode(codes, self.scales, dtype or torch.float32)
+        if kept is None:
+            return self.values
+        return self.values.new_zeros(kept.shape).masked_scatter(kept, self.values)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Dense ``[r, n]``, differentiable in the values.
+
+        Args:
+            dtype: of what codes stand for, default float32; values keep theirs.
+        """
         bk, bn = self.block
         nbk, nbn = grid_shape(self.rows, self.cols, self.block)
         column = torch.repeat_interleave(
             torch.arange(nbn, device=self.col_ptr.device), self.col_ptr.diff().long()
         )
         slot = column * nbk + self.row_idx.long()
-        tiles = self.values
-        if self.mask is not None:
-            bits = unpack_bits(self.mask)
-            tiles = self.values.new_zeros(bits.shape).masked_scatter(bits, self.values)
-        grid = self.values.new_zeros(nbn * nbk, bn, bk).index_copy(0, slot, tiles)
+        tiles = self.tiles(dtype)
+        grid = tiles.new_zeros(nbn * nbk, bn, bk).index_copy(0, slot, tiles)
         return from_blocks(grid.view(nbn, nbk, bn, bk), self.rows, self.cols)
 
     @property
     def encoding(self) -> Encoding:
         return "block" if self.mask is None else "bitmap"
+
+    @property
+    def bits(self) -> quantise.Bits | None:
+        """Of a code; None where the slice holds values."""
+        return None if self.scales is None else quantise.bits_of(self.values)
 
     @property
     def num_blocks(self) -> int:
@@ -211,14 +266,21 @@ class BlockSparse:
     @property
     def density(self) -> float:
         """Stored values (padding included) over ``r · n``."""
-        return self.values.numel() / max(1, self.rows * self.cols)
+        codes = 2 if self.bits == 4 else 1
+        return codes * self.values.numel() / max(1, self.rows * self.cols)
 
     def nbytes(self) -> int:
-        """Bytes of what a checkpoint stores: values, column index and mask."""
-        stored = [self.values, self.col_ptr, self.row_idx]
-        if self.mask is not None:
-            stored.append(self.mask)
-        return sum(t.numel() * t.element_size() for t in stored)
+        """Bytes of what a checkpoint stores: values, column index, mask and scales."""
+        stored = [self.values, self.col_ptr, self.row_idx, self.mask, self.scales]
+        return sum(t.numel() * t.element_size() for t in stored if t is not None)
+
+
+def blocks_of_codes(v: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors of a slice of codes as those of one of values, every slot of its blocks stored."""
+    values, *index, scales = v
+    bitmap = index[5:]
+    kept = (unpack_bits(bitmap[0]), bitmap[1]) if bitmap else ()
+    return [quantise.decode(quantise.unpack_codes(values, *kept), scales, dtype), *index[:5]]
 
 
 def index_of(stored: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,18 +301,34 @@ def transpose_index(col_ptr: Tensor, row_idx: Tensor, nbk: int) -> tuple[Tensor,
     return row_ptr, column[block_id].to(torch.int32), block_id.to(torch.int32)
 
 
-def block_ptr_of(mask: Tensor) -> Tensor:
-    """First packed value of each stored block, int32 ``[nnzb + 1]``."""
-    counts = unpack_bits(mask).flatten(1).sum(1) if mask.numel() else mask.new_zeros(mask.shape[0])
-    total = int(counts.sum())
+def block_ptr_of(mask: Tensor, bits: quantise.Bits | None = None) -> Tensor:
+    """First packed value (or code of so many bits) of each stored block, int32 ``[nnzb + 1]``."""
+    counts = unpack_bits(mask).flatten(1).sum(1) if mask.numel() else mask.new_zeros(mask.shape[0]).long()
+    first, total = quantise.code_offsets(counts, bits)
     if total > _INT32_MAX:
         raise InvalidArgument(
             f"values: a slice holds {total} values, at most {_INT32_MAX} are allowed; "
             "split the slice or raise the sparsity"
         )
-    block_ptr = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
-    block_ptr[1:] = counts.cumsum(0)
-    return block_ptr
+    return torch.cat([first, first.new_full((1,), total)]).to(torch.int32)
+
+
+def _check_scales(values: Tensor, scales: Tensor | None, shape: tuple[int, int]) -> quantise.Bits | None:
+    """The bits of the codes, or None."""
+    if scales is None:
+        if not values.is_floating_point():
+            raise InvalidArgument(f"values: {values.dtype} are codes; pass their scales, float16 {shape}")
+        return None
+    bits = quantise.bits_of(values)
+    if bits is None:
+        raise InvalidArgument(
+            f"values: {values.dtype} are no codes; with scales they are int8, or uint8 for codes of 4 bits"
+        )
+    if scales.dtype != quantise.SCALE_DTYPE or tuple(scales.shape) != shape:
+        raise InvalidArgument(f"scales: expected float16 {shape}, got {scales.dtype} {tuple(scales.shape)}")
+    if not bool(scales.isfinite().all()):
+        raise InvalidArgument("scales: hold NaN or Inf")
+    return bits
 
 
 def _check_padding(

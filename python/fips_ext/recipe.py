@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from .errors import InvalidArgument
 from .layout import Encoding, check_block
+from .quantise import LARGEST_CODE, Bits
 
 PatternKind = Literal["bitmap", "block", "dense"]
 
@@ -59,6 +60,8 @@ class Recipe:
         per_role: one base for the input side (fc1, gate, up) and one for the output side (fc2, down).
         sensitivity: what an error counts: ``loss``, what it adds to the divergence of the model's predictions
             from the dense model's; or ``output``, its share of the output of its own matrix.
+        bits: store the values of V as codes of 8 or 4 bits, one float16 scale per row of a block, which is
+            ``bk`` values; None stores them in the dtype of the model. Bases and biases stay in it.
         ranking: entries of V compete inside their ``layer``, so that every layer keeps as many, inside their
             ``group``, inside the whole ``model``, or for their ``output`` feature (as in Wanda; only with
             ``base="identity"`` and a bitmap). None is ``model`` with ``sensitivity="loss"``, else ``layer``.
@@ -80,6 +83,7 @@ class Recipe:
     rank: int | None = None
     base: Literal["auto", "shared", "identity", "both"] = "auto"
     per_role: bool = True
+    bits: Bits | None = None
     sensitivity: Literal["loss", "output"] = "loss"
     ranking: Literal["output", "layer", "group", "model"] | None = None
     init: Literal["whitened", "svd"] = "whitened"
@@ -113,6 +117,7 @@ class Recipe:
             raise InvalidArgument(f"rank: got {self.rank!r}; expected None or a positive integer")
         for name, allowed in (
             ("base", ("auto", "shared", "identity", "both")),
+            ("bits", (*LARGEST_CODE, None)),
             ("sensitivity", ("loss", "output")),
             ("ranking", ("output", "layer", "group", "model", None)),
             ("init", ("whitened", "svd")),

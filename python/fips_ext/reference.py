@@ -34,7 +34,7 @@ def check_activation(name: str) -> str:
 
 def block_sparse_mm(x: Tensor, v: BlockSparse, transpose: bool = False, bias: Tensor | None = None) -> Tensor:
     """``x · V`` (``[..., r] → [..., n]``) or, transposed, ``x · Vᵀ`` (``[..., n] → [..., r]``), plus bias."""
-    dense = v.to_dense()
+    dense = v.to_dense(x.dtype)
     y = x @ (dense.t() if transpose else dense)
     return y if bias is None else y + bias
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from fips_ext.checkpoint import info, save_pretrained
+from fips_ext.checkpoint import FORMAT_VERSION, info, save_pretrained
 from fips_ext.nn.mlp import shared_mlps
 from fips_ext.recipe import Recipe
 
@@ -47,7 +47,7 @@ def test_bytes_add_up_to_the_file(tmp_path: Path, name: str, encoding: str) -> N
     weights = tmp_path / "model" / "model.safetensors"
     header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
     assert sizes["file"] == weights.stat().st_size == sizes["total"] + header
-    parts = ("bases", "values", "index", "masks", "biases", "other")
+    parts = ("bases", "values", "scales", "index", "masks", "biases", "other")
     assert sum(sizes[part] for part in parts) == sizes["total"]
 
     compressed = sizes["total"] - sizes["other"]
@@ -64,4 +64,4 @@ def test_what_else_it_says(tmp_path: Path) -> None:
     assert (described["mlps"], described["bases"]) == (3, 2)
     assert described["recipe"] == recipe.to_dict()
     assert described["report"] == {"steps": 3}
-    assert described["format_version"] == 1
+    assert described["format_version"] == FORMAT_VERSION

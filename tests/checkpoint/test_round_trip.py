@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fips_ext
-from fips_ext.checkpoint import from_pretrained, save_pretrained
+from fips_ext.checkpoint import FORMAT_VERSION, from_pretrained, info, save_pretrained
+from fips_ext.errors import CheckpointError
 from fips_ext.nn.mlp import shared_mlps
 from fips_ext.recipe import Recipe
+from fips_ext.surgery import find_mlps
 
 from ..tiny_models import CASES, PlainMLP, Stack, build, share
 from .toy import compressed_toy, dense_toy, load_toy, save_toy
@@ -152,13 +154,13 @@ def test_files(tmp_path: Path) -> None:
         "tokenizer.json",
     }
     document = json.loads((tmp_path / "llama" / "fips.json").read_text())
-    assert document["format_version"] == 1
+    assert document["format_version"] == FORMAT_VERSION
     assert document["fips_ext"] == fips_ext.__version__
     assert Recipe.from_dict(document["recipe"]) == recipe
     assert document["report"] == {"error": 0.25}
     config = json.loads((tmp_path / "llama" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
-    assert config["quantization_config"] == {"quant_method": "fips", "format_version": 1}
+    assert config["quantization_config"] == {"quant_method": "fips", "format_version": FORMAT_VERSION}
     assert not hasattr(model.config, "quantization_config")
 
 
@@ -216,3 +218,42 @@ def test_views_are_saved_without_what_they_look_into(tmp_path: Path) -> None:
     save_pretrained(model, tmp_path / "toy")
     assert torch.equal(load_toy(tmp_path / "toy").blocks[0].mlp.up_bias, bias)
     assert (tmp_path / "toy" / "model.safetensors").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("encoding", ["bitmap", "block"])
+def test_codes_come_back_in_any_dtype(tmp_path: Path, bits: int, encoding: str) -> None:
+    model = dense_toy().eval()
+    share(model, rank=8, encoding=encoding)
+    for mlp in shared_mlps(model).values():
+        for factor in mlp.factors().values():
+            factor.round_to(bits)
+            factor.quantise()
+    x = torch.randn(3, 32)
+    save_pretrained(model, tmp_path / "codes")
+    loaded = load_toy(tmp_path / "codes")
+    assert torch.equal(loaded(x), model(x))
+    assert {f.bits for m in shared_mlps(loaded).values() for f in m.factors().values()} == {bits}
+    low = load_toy(tmp_path / "codes", dtype=torch.bfloat16)
+    assert torch.equal(low(x.bfloat16()), model.bfloat16()(x.bfloat16()))
+    facts = info(tmp_path / "codes")
+    scales = sum(t.nbytes for n, t in model.state_dict().items() if n.endswith(".scales"))
+    assert facts["bytes"]["scales"] == scales > 0
+    linears = [linear for mlp in find_mlps(dense_toy()) for linear in mlp.linears().values()]
+    dense = sum(p.nbytes for linear in linears for p in linear.parameters())
+    assert facts["dense_bytes"]["mlp"] == dense
+
+
+def test_scales_of_another_dtype_are_refused(tmp_path: Path) -> None:
+    model = dense_toy().eval()
+    share(model, rank=8)
+    for mlp in shared_mlps(model).values():
+        for factor in mlp.factors().values():
+            factor.round_to(8)
+            factor.quantise()
+    save_pretrained(model, tmp_path / "codes")
+    path = tmp_path / "codes" / "model.safetensors"
+    tensors = {n: t.float() if n.endswith(".scales") else t for n, t in load_file(path).items()}
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"scales is F32"):
+        load_toy(tmp_path / "codes")

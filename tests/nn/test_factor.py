@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -97,3 +100,70 @@ def test_the_repr_says_the_sizes() -> None:
     _, factor = sparse(encoding="bitmap")
     assert "rows=40, cols=70, block=(16, 32), encoding=bitmap" in repr(factor)
     assert "width=32, rank=8, identity=True" in repr(SharedBase(torch.zeros(32, 8), identity=True))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_survive_saving_casting_copying(encoding: Encoding, bits: int) -> None:
+    _, factor = sparse(encoding=encoding)
+    factor.round_to(bits)
+    expected = factor.slice(factor.rounded_values().detach()).to_dense()
+    factor.quantise()
+    assert factor.bits == bits
+    assert not factor.values.requires_grad
+    assert torch.equal(factor.to_dense(), expected)
+    stored = {"values", "col_ptr", "row_idx", "scales"} | ({"mask"} if encoding == "bitmap" else set())
+    assert set(factor.state_dict()) == stored
+    layout = factor.slice()
+    loaded = SparseFactor.empty(
+        layout.rows,
+        layout.cols,
+        layout.block,
+        layout.encoding,
+        layout.num_blocks,
+        layout.values.numel(),
+        bits=bits,
+    )
+    loaded.load_state_dict(factor.state_dict())
+    for other in (loaded, copy.deepcopy(factor), pickle.loads(pickle.dumps(factor))):
+        for cast in (torch.float64, torch.bfloat16):
+            other.to(cast)
+            assert other.scales.dtype == torch.float16
+            assert torch.equal(other.to_dense(), expected)
+    assert f"bits={bits}" in repr(factor)
+
+
+def test_damaged_codes_are_refused() -> None:
+    _, factor = sparse(encoding="bitmap")
+    factor.round_to(8)
+    factor.quantise()
+    state = factor.state_dict()
+    state["scales"] = torch.full_like(state["scales"], torch.inf)
+    with pytest.raises(InvalidArgument, match="scales: hold NaN or Inf"):
+        copy.deepcopy(factor).load_state_dict(state)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_training_passes_through_the_rounding(encoding: Encoding) -> None:
+    """Products see the rounded values, gradients reach the exact ones as if nothing were rounded."""
+    _, factor = sparse(encoding=encoding)
+    plain = copy.deepcopy(factor)
+    factor.round_to(4)
+    x = torch.randn(3, factor.rows)
+    grads = []
+    for module in (factor, plain):
+        v = module.tensors()
+        y = torch.ops.fips.block_sparse_mm(x, v, module.rows, module.cols, False, None)
+        (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
+        grads.append(module.values.grad)
+        last = y.detach()
+    assert torch.equal(*grads)
+    before = factor.values.detach().clone()
+    undo = factor.quantise()
+    codes = torch.ops.fips.block_sparse_mm(x, factor.tensors(), factor.rows, factor.cols, False, None)
+    assert not torch.equal(codes, last)
+    factor.restore(undo)
+    assert factor.scales is None
+    assert torch.equal(factor.values, before)
+    rounded = torch.ops.fips.block_sparse_mm(x, factor.tensors(), factor.rows, factor.cols, False, None)
+    torch.testing.assert_close(rounded, codes)

@@ -189,3 +189,22 @@ def test_float64_is_refused(cuda):
     mlp = cuda.put(flat_arguments(random_mlp(False, False, False, False, "block", torch.float64)))
     with pytest.raises((ValueError, RuntimeError), match="float64 has no CUDA kernel"):
         cuda.ops.shared_mlp(cuda.put(torch.randn(3, 24, dtype=torch.float64)), *mlp)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_compute_what_their_values_do(cuda, dtype, bits):
+    for encoding, tokens in itertools.product(ENCODINGS, [1, 16, 70]):
+        mlp = random_mlp(True, True, True, True, encoding, dtype, activation="silu")
+        codes = {n: v.quantised(bits) if isinstance(v, BlockSparse) else v for n, v in mlp.items()}
+        plain = {n: v.dequantised(dtype) if isinstance(v, BlockSparse) else v for n, v in codes.items()}
+        x = cuda.put(randn(tokens, 24, dtype=dtype))
+        found, expected = (
+            cuda.ops.shared_mlp(x, *cuda.put(flat_arguments(arguments))) for arguments in (codes, plain)
+        )
+        assert torch.equal(found, expected)
+        v = codes["up"]
+        with pytest.raises(ValueError, match="quantised and have no gradient"):
+            cuda.ops.block_sparse_sddmm(
+                x.new_zeros(3, v.rows), x.new_zeros(3, v.cols), cuda.put(v.tensors()), v.rows, v.cols
+            )

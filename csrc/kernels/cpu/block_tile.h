@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/format.h"
+#include "kernels/cpu/quantised_tile.h"
 #include "kernels/cpu/vector.h"
 
 namespace fips::cpu {
@@ -97,6 +98,10 @@ FIPS_INLINE int64_t expand_block(const uint8_t* mask, const E* packed, const E* 
 // Stored block `b` as [bn, bk] elements: the values themselves, or expanded into `scratch`.
 template <class T>
 FIPS_INLINE const T* block_elements(const BlockSparseView& v, int64_t b, T* scratch) {
+  if (v.is_quantised()) {
+    dequantise_block(v, b, scratch);
+    return scratch;
+  }
   const T* values = static_cast<const T*>(v.values);
   if (!v.is_bitmap()) {
     return values + b * v.slots();

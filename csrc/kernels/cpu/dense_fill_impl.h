@@ -76,6 +76,23 @@ void fill_columns(const BlockSparseView& v, E* out, int64_t begin, int64_t end) 
 }
 
 template <class T>
+void fill_dequantised(const BlockSparseView& v, T* out, int64_t begin, int64_t end) {
+  alignas(64) T block[kMaxSlots];
+  for (int64_t edge = begin; edge < end; ++edge) {
+    const int64_t column = edge * v.bn, cols = min_of(v.bn, v.cols - column);
+    memset(out + column * v.rows, 0, static_cast<size_t>(cols * v.rows) * sizeof(T));
+    for (int64_t b = v.col_ptr[edge]; b < v.col_ptr[edge + 1]; ++b) {
+      const int64_t row = int64_t{v.row_idx[b]} * v.bk, rows = min_of(v.bk, v.rows - row);
+      dequantise_block(v, b, block);
+      for (int64_t j = 0; j < cols; ++j) {
+        memcpy(out + (column + j) * v.rows + row, block + j * v.bk,
+               static_cast<size_t>(rows) * sizeof(T));
+      }
+    }
+  }
+}
+
+template <class T>
 void gather_columns(const GatherParams& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   const BlockSparseView& v = p.v;
@@ -106,6 +123,11 @@ void gather_columns(const GatherParams& p, int64_t begin, int64_t end) {
 }
 
 void fill(const BlockSparseView& v, void* out, int64_t begin, int64_t end) {
+  if (v.is_quantised()) {
+    return with_element_type(v.dtype, [&](auto element) {
+      fill_dequantised(v, static_cast<decltype(element)*>(out), begin, end);
+    });
+  }
   switch (element_size(v.dtype)) {
     case 8:
       return fill_columns(v, static_cast<uint64_t*>(out), begin, end);

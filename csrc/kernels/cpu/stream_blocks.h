@@ -22,7 +22,7 @@ static inline __attribute__((always_inline)) void read_slots(const BlockSparseVi
   using T = typename L::Stored;
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
   if constexpr (!__is_same(T, double)) {
-    if (v.is_bitmap()) {
+    if (v.is_bitmap() && !v.is_quantised()) {
       const T* from = static_cast<const T*>(v.values) + v.block_ptr[b];
       const T* end = static_cast<const T*>(v.values) + v.num_values;
       const uint8_t* mask = v.mask + b * v.slots() / 8;
@@ -164,6 +164,10 @@ class FewTokens {
                 StreamSums<A>& sums) {
     if (used_ == kBlocks) {
       end_dots(v, x_stride, sums);
+    }
+    if (v.is_quantised()) {
+      blocks_[used_++] = {block_elements(v, b, scratch_), nullptr, x};
+      return end_dots(v, x_stride, sums);
     }
     const int64_t first = v.is_bitmap() ? v.block_ptr[b] : b * v.slots();
     blocks_[used_++] = {static_cast<const T*>(v.values) + first,

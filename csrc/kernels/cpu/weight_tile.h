@@ -105,7 +105,7 @@ FIPS_INLINE const Accumulator<T>* make_tile(const BlockSparseView& v, int64_t b,
     return out;
   } else {
     if constexpr (__is_same(T, Accumulator<T>)) {
-      if (!v.is_bitmap()) {
+      if (!v.is_bitmap() && !v.is_quantised()) {
         // Blocks of a row lie anywhere; the tokens that follow should not wait for each in turn.
         for (int64_t i = 0; i < v.slots(); i += 64 / static_cast<int64_t>(sizeof(T))) {
           __builtin_prefetch(block + i, 0, 2);

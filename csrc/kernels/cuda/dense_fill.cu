@@ -22,6 +22,12 @@ struct GatherTask {
   bool accumulate;
 };
 
+struct DequantiseTask {
+  BlockSparseView v;
+  BitmapSlice bitmap;
+  void* out;  // [num_values]
+};
+
 // Calls body(slot, index) for every slot of stored block `id` (-1: an empty one): slots are spread
 // over the threads, index is where the slot's value lies, -1 where none is stored.
 template <class Body>
@@ -78,7 +84,38 @@ gather_kernel(const GatherTask task) {
   });
 }
 
+FIPS_DEVICE int code_at(const BlockSparseView& v, int64_t index) {
+  if (v.storage == Storage::kInt8) {
+    return static_cast<const int8_t*>(v.values)[index];
+  }
+  const int pair = static_cast<const uint8_t*>(v.values)[index / 2];
+  return ((index % 2 == 0 ? pair & 15 : pair >> 4) ^ 8) - 8;
+}
+
+// One stored block a thread block.
+template <class T>
+FIPS_KERNEL(kThreads, 4)
+dequantise_kernel(const DequantiseTask task) {
+  const BlockSparseView& v = task.v;
+  const int64_t id = block_index();
+  for_each_slot(v, task.bitmap, id, [&](int slot, int64_t index) {
+    if (index >= 0) {
+      const float scale = to_float(v.scales[id * v.bn + slot / v.bk]);
+      static_cast<T*>(task.out)[index] = from_float<T>(code_at(v, index) * scale);
+    }
+  });
+}
+
 }  // namespace
+
+void dequantise(const BlockSparseView& v, void* out, Stream stream) {
+  check_sizes(v, "dequantise");
+  const DequantiseTask task{v, make_bitmap(v), out};
+  with_element_type("dequantise", v.dtype, [&](auto element) {
+    launch<dequantise_kernel<decltype(element)>>("dequantise", {v.num_blocks, kThreads}, task,
+                                                 stream);
+  });
+}
 
 void fill_dense_transposed(const BlockSparseView& v, void* out, Stream stream) {
   check_sizes(v, "fill_dense_transposed");

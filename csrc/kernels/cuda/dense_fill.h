@@ -9,4 +9,7 @@ namespace fips::cuda {
 void fill_dense_transposed(const BlockSparseView& v, void* out, Stream stream);
 void gather_stored(const GatherParams& params, Stream stream);
 
+// out[i] = value of the i-th code of a quantised slice, in the type of v: packed like the codes.
+void dequantise(const BlockSparseView& v, void* out, Stream stream);
+
 }  // namespace fips::cuda

@@ -93,6 +93,10 @@ def compare_methods(
         int | None, typer.Option(min=0, help="Score the first N windows of each text; 0 scores all.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Comma-separated; every cell is measured with each.")] = "0",
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Store all factors as codes of 8 or 4 bits. Default: in the dtype of the model."),
+    ] = None,
     dtype: Annotated[DType, typer.Option(help="Of the weights and of the bytes.")] = DType.bfloat16,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
@@ -114,6 +118,7 @@ def compare_methods(
         "steps": effort.steps if steps is None else steps,
         "tokens_per_step": effort.tokens_per_step,
         "distill_steps": effort.distill_steps if distill_steps is None else distill_steps,
+        "bits": bits,
     }
     limit = effort.windows if windows is None else windows
     wanted, seed_list = _chosen_methods(patterns, methods), _numbers("--seeds", seeds, int)
@@ -121,7 +126,7 @@ def compare_methods(
     try:
         ratio_list = _numbers("--ratios", ratios, float)
         for ratio, seed in itertools.product(ratio_list, seed_list):
-            Recipe(ratio=ratio, seed=seed)
+            Recipe(ratio=ratio, seed=seed, bits=bits)
     except InvalidArgument as error:
         raise typer.BadParameter(str(error)) from error
     check_device(device)

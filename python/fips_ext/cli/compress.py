@@ -66,6 +66,10 @@ def compress(
             help="shared: U. identity: I (plain pruning). both: [U, I]. auto: U or I, group by group."
         ),
     ] = _DEFAULT_BASE,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Store the factors as codes of 8 or 4 bits. Default: in the dtype of the model."),
+    ] = None,
     calib: Annotated[
         Path | None,
         typer.Option(
@@ -95,6 +99,7 @@ def compress(
 
     - `fips compress demo:smollm2 --out small --ratio 0.65 --dtype bfloat16`
     - `fips compress ./my-llama --out small --ratio 0.5 --pattern block:32x32 --calib my.txt --steps 300`
+    - `fips compress demo:smollm2 --out small --ratio 0.3 --bits 4 --dtype bfloat16`
     """
     try:
         recipe = Recipe(
@@ -103,6 +108,7 @@ def compress(
             group_size=group_size,
             rank=rank,
             base=base.value,
+            bits=bits,
             steps=steps,
             distill_steps=distill_steps,
             calibration_tokens=tokens,

@@ -12,6 +12,7 @@ from ..budget import Plan
 from ..layout import to_blocks
 from ..recipe import Recipe
 from .cluster import balanced_assignment
+from .feedback import round_with_feedback
 from .mask import base_energy, saliency, select_in_pools, select_per_output, units
 from .problem import SliceProblem
 from .refit import refit_base, refit_values
@@ -31,6 +32,8 @@ class Factors:
         bases: ``U [d, r]``, one, or one for the input and one for the output side.
         identity: whether the bases read ``[U, I]``.
         values, masks: per layer and role ``[rows, n]``; values are zero outside their mask.
+        scales: per layer and role those that the values are multiples of, see
+            :func:`~.feedback.round_with_feedback`; None where the plan stores no codes.
         orders: per layer, which hidden neuron each column is ``[n]``.
         error: what :class:`SliceProblem` measures, summed over the group.
     """
@@ -39,6 +42,7 @@ class Factors:
     identity: bool
     values: list[dict[str, Tensor]]
     masks: list[dict[str, Tensor]]
+    scales: list[dict[str, Tensor]] | None
     orders: list[Tensor]
     error: float
 
@@ -63,11 +67,24 @@ def factorise(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe)
     finished = [group.finish(bases, values, masks, recipe.refit) for masks in candidates]
     error, bases, values, masks = min(finished, key=lambda result: result[0])
 
-    per_layer: list[tuple[dict, dict]] = [({}, {}) for _ in layers]
-    for (i, role), v, mask in zip(keys, values, masks, strict=True):
-        per_layer[i][0][role], per_layer[i][1][role] = v, mask
+    scales = None
+    if plan.bits is not None:
+        error, bases, values, scales = group.round(bases, values, masks, recipe.refit)
+
+    def per_layer(tensors: list[Tensor]) -> list[dict[str, Tensor]]:
+        found: list[dict[str, Tensor]] = [{} for _ in layers]
+        for (i, role), tensor in zip(keys, tensors, strict=True):
+            found[i][role] = tensor
+        return found
+
     return Factors(
-        bases, plan.identity, [v for v, _ in per_layer], [m for _, m in per_layer], group.orders, error
+        bases,
+        plan.identity,
+        per_layer(values),
+        per_layer(masks),
+        None if scales is None else per_layer(scales),
+        group.orders,
+        error,
     )
 
 
@@ -238,12 +255,31 @@ class _Group:
                 refit_values(s, bases[b], identity, v, m)
                 for (s, v, b), m in zip(self.zip(values), masks, strict=True)
             ]
-            bases = [
-                refit_base(self.of_base(b, self.slices), base, self.of_base(b, values))
-                for b, base in enumerate(bases)
-            ]
-        error = sum(s.error(self.product(bases[b], v)) for s, v, b in self.zip(values))
-        return error, bases, values, masks
+            bases = self._refit_bases(bases, values)
+        return self._error(bases, values), bases, values, masks
+
+    def round(
+        self, bases: list[Tensor], values: list[Tensor], masks: list[Tensor], refit: bool
+    ) -> tuple[float, list[Tensor], list[Tensor], list[Tensor]]:
+        """Bring the values to multiples of scales: ``(error, bases, values, scales)``."""
+        plan = self.plan
+        rounded = [
+            round_with_feedback(s, bases[b], plan.identity, v, m, plan.pattern.block, plan.bits)
+            for (s, v, b), m in zip(self.zip(values), masks, strict=True)
+        ]
+        values = [v for v, _ in rounded]
+        if refit:
+            bases = self._refit_bases(bases, values)
+        return self._error(bases, values), bases, values, [scales for _, scales in rounded]
+
+    def _refit_bases(self, bases: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+        return [
+            refit_base(self.of_base(b, self.slices), base, self.of_base(b, values))
+            for b, base in enumerate(bases)
+        ]
+
+    def _error(self, bases: list[Tensor], values: list[Tensor]) -> float:
+        return sum(s.error(self.product(bases[b], v)) for s, v, b in self.zip(values))
 
     def product(self, base: Tensor, v: Tensor) -> Tensor:
         rank = base.shape[1]

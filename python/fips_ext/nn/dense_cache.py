@@ -85,7 +85,7 @@ class DenseCache:
             return 0
         zero_filled = self.form == "zero_filled"
         rows = sum(factor.rows if zero_filled else mlp.width for factor in mlp.factors().values())
-        return rows * mlp.hidden * mlp.up.values.element_size()
+        return rows * mlp.hidden * mlp.base.weight.element_size()
 
     def fill(self, mlp: SharedMLP) -> None:
         """Make the copies unless they are those of the present parameters."""
@@ -96,7 +96,8 @@ class DenseCache:
             if self.form == "dense":
                 weights = mlp.dense_weights()
             else:
-                dense = {role: factor.to_dense() for role, factor in mlp.factors().items()}
+                dtype = mlp.base.weight.dtype
+                dense = {role: factor.to_dense(dtype) for role, factor in mlp.factors().items()}
                 weights = {role: v if role == "down" else v.t() for role, v in dense.items()}
             self._weights = {role: w.contiguous() for role, w in weights.items()}
         self._made_from = made_from

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument
-from ..layout import BlockSparse, Encoding, check_block, grid_shape
+from ..layout import BlockSparse, Encoding, check_block, grid_shape, unpack_bits
+from ..quantise import CODE_DTYPES, SCALE_DTYPE, Bits, choose_scales, straight_through
+
+
+class Rounding(NamedTuple):
+    """How values will become codes."""
+
+    bits: Bits
+    scales: Tensor
+
+
+class FloatValues(NamedTuple):
+    """What a slice had before it had codes."""
+
+    values: nn.Parameter
+    block_ptr: Tensor | None
+    rounding: Rounding
+
 
 _DERIVED = ("row_ptr", "col_idx", "block_id", "block_ptr")
 
@@ -14,17 +33,22 @@ _DERIVED = ("row_ptr", "col_idx", "block_id", "block_ptr")
 class SparseFactor(nn.Module):
     """A :class:`BlockSparse` slice: ``values`` is the parameter, the index is buffers.
 
-    What a checkpoint needs (``values, col_ptr, row_idx, mask``) is in the ``state_dict``; the transposed
-    index and the value offsets are derived again after loading.
+    What a checkpoint needs (``values, col_ptr, row_idx, mask, scales``) is in the ``state_dict``; the
+    transposed index and the value offsets are derived again after loading.
+
+    Codes are a parameter without a gradient: values are trained, after :meth:`round_to` through the rounding
+    with the gradient of the identity, and become codes by :meth:`quantise`.
     """
 
     def __init__(self, slice_: BlockSparse) -> None:
         super().__init__()
         self.rows, self.cols, self.block = slice_.rows, slice_.cols, slice_.block
-        self.values = nn.Parameter(slice_.values)
+        self.rounding: Rounding | None = None
+        self.values = nn.Parameter(slice_.values, requires_grad=slice_.bits is None)
         self.register_buffer("col_ptr", slice_.col_ptr)
         self.register_buffer("row_idx", slice_.row_idx)
         self.register_buffer("mask", slice_.mask)
+        self.register_buffer("scales", slice_.scales)
         for name in _DERIVED:
             self.register_buffer(name, getattr(slice_, name), persistent=False)
         self.register_load_state_dict_post_hook(_derive_index)
@@ -39,13 +63,19 @@ class SparseFactor(nn.Module):
         num_blocks: int,
         num_values: int,
         dtype: torch.dtype | None = None,
+        bits: Bits | None = None,
     ) -> SparseFactor:
-        """A slice of known sizes with undefined content, to be filled by ``load_state_dict``."""
+        """A slice of known sizes with undefined content, to be filled by ``load_state_dict``.
+
+        Args:
+            num_values: elements of ``values``; of codes of 4 bits, half of the codes.
+        """
         bk, bn = check_block(block)
         nbk, nbn = grid_shape(rows, cols, block)
         int32 = torch.int32
         bitmap = encoding == "bitmap"
-        shape = (num_values,) if bitmap else (num_blocks, bn, bk)
+        shape = (num_values,) if bitmap else (num_blocks, bn, bk // 2 if bits == 4 else bk)
+        dtype = dtype if bits is None else CODE_DTYPES[bits]
         return cls(
             BlockSparse(
                 rows,
@@ -59,6 +89,7 @@ class SparseFactor(nn.Module):
                 torch.empty(num_blocks, dtype=int32),
                 torch.empty(num_blocks, bn, bk // 8, dtype=torch.uint8) if bitmap else None,
                 torch.empty(num_blocks + 1, dtype=int32) if bitmap else None,
+                None if bits is None else torch.empty(num_blocks, bn, dtype=SCALE_DTYPE),
             )
         )
 
@@ -76,7 +107,54 @@ class SparseFactor(nn.Module):
             self.block_id,
             self.mask,
             self.block_ptr,
+            self.scales,
         )
+
+    @property
+    def bits(self) -> Bits | None:
+        """Of a code; None where the slice holds values."""
+        return self.slice().bits
+
+    def round_to(self, bits: Bits, scales: Tensor | None = None) -> None:
+        """From now on compute with what :meth:`quantise` will make of the values.
+
+        Args:
+            scales: float16 ``[nnzb, bn]``; default those of least error for the present values. They stay
+                as they are, however the values are trained.
+        """
+        if scales is None:
+            scales = choose_scales(self.slice(self.values.detach()).tiles(), bits)
+        self.rounding = Rounding(bits, scales)
+
+    def rounded_values(self) -> Tensor:
+        """The values, or after :meth:`round_to` what quantising makes of them; differentiable."""
+        if self.rounding is None:
+            return self.values
+        rows = straight_through(self.slice().tiles(), self.rounding.scales, self.rounding.bits)
+        return rows if self.mask is None else rows[unpack_bits(self.mask)]
+
+    def quantise(self) -> FloatValues:
+        """Replace the values by codes, as :meth:`round_to` said; returns what :meth:`restore` takes."""
+        before = FloatValues(self.values, self.block_ptr, self.rounding)
+        codes = self.slice(self.values.detach()).quantised(*self.rounding)
+        self.values = nn.Parameter(codes.values, requires_grad=False)
+        self.block_ptr, self.scales, self.rounding = codes.block_ptr, codes.scales, None
+        return before
+
+    def restore(self, before: FloatValues) -> None:
+        """Undo :meth:`quantise`."""
+        self.values, self.block_ptr, self.rounding = before
+        self.scales = None
+
+    def _apply(self, fn, recurse: bool = True) -> SparseFactor:
+        """Moves everything, but casts no scales: their type is part of the format."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if scales is not None and self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        if self.rounding is not None:
+            self.rounding = self.rounding._replace(scales=self.rounding.scales.to(self.values.device))
+        return self
 
     def tensors(self) -> list[Tensor]:
         """What the ops take of this slice: ``slice().tensors()``, without the way through attributes.
@@ -84,10 +162,13 @@ class SparseFactor(nn.Module):
         A module's attribute look-up costs as much as a small kernel; decoding passes here per token.
         """
         b = self._buffers
-        index = [b["col_ptr"], b["row_idx"], b["row_ptr"], b["col_idx"], b["block_id"]]
-        if b["mask"] is None:
-            return [self._parameters["values"], *index]
-        return [self._parameters["values"], *index, b["mask"], b["block_ptr"]]
+        values = self._parameters["values"] if self.rounding is None else self.rounded_values()
+        found = [values, b["col_ptr"], b["row_idx"], b["row_ptr"], b["col_idx"], b["block_id"]]
+        if b["mask"] is not None:
+            found += [b["mask"], b["block_ptr"]]
+        if b["scales"] is not None:
+            found.append(b["scales"])
+        return found
 
     def derive_index(self) -> None:
         """Recompute the derived buffers from ``col_ptr``, ``row_idx`` and ``mask``, validating them."""
@@ -100,20 +181,22 @@ class SparseFactor(nn.Module):
                 self.col_ptr,
                 self.row_idx,
                 self.mask,
+                self.scales,
             )
         except InvalidArgument as error:
             raise InvalidArgument(f"loaded sparse slice is inconsistent: {error}") from error
         for name in _DERIVED:
             setattr(self, name, getattr(full, name))
 
-    def to_dense(self) -> Tensor:
-        return self.slice().to_dense()
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Dense ``[r, n]``; ``dtype``: of what codes stand for, default float32."""
+        return self.slice().to_dense(dtype)
 
     def extra_repr(self) -> str:
         full = self.slice()
         return (
             f"rows={self.rows}, cols={self.cols}, block={self.block}, encoding={full.encoding}, "
-            f"density={full.density:.3f}"
+            f"density={full.density:.3f}" + ("" if full.bits is None else f", bits={full.bits}")
         )
 
 

@@ -121,9 +121,9 @@ class SharedMLP(nn.Module):
         return {
             "base": self.base.weight,
             "base_out": None if self.base_out is None else self.base_out.weight,
-            "up": self.up.slice(),
-            "gate": None if self.gate is None else self.gate.slice(),
-            "down": self.down.slice(),
+            "up": self.up.slice(self.up.rounded_values()),
+            "gate": None if self.gate is None else self.gate.slice(self.gate.rounded_values()),
+            "down": self.down.slice(self.down.rounded_values()),
             "up_bias": self.up_bias,
             "gate_bias": self.gate_bias,
             "down_bias": self.down_bias,
@@ -137,7 +137,7 @@ class SharedMLP(nn.Module):
         dense = {}
         for role, factor in self.factors().items():
             base = out if role == "down" else self.base
-            v = factor.to_dense()
+            v = factor.to_dense(base.weight.dtype)
             w = base.weight @ v[: base.rank]
             if base.identity:
                 w = w + v[base.rank :]

@@ -113,7 +113,7 @@ def cast_arguments(mlp: SharedMLP, dtype: torch.dtype) -> dict:
     """``mlp.op_arguments()`` with every parameter cast, differentiably."""
 
     def cast(value):
-        if isinstance(value, BlockSparse):
+        if isinstance(value, BlockSparse) and value.bits is None:
             return value.with_values(value.values.to(dtype))
         return value.to(dtype) if isinstance(value, Tensor) else value
 
