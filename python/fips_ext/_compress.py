@@ -38,7 +38,7 @@ from .train import (
 
 Progress = Callable[[int, int], None]
 # A base with values of its own fits its calibration data more closely than held-out tokens of the same source
-# tell: it must be better than the plain identity by this share of the divergence to be taken.
+# tell: to be taken it must cost less than the plain identity by this share.
 _BASE_MARGIN = 0.05
 _DISTILL_WORK = 2  # steps of every group that one of the whole model takes as long as
 
@@ -155,9 +155,7 @@ class Compression:
         """The closed form, float32, not yet in the model; settles ``group.plan``.
 
         Of the bases that the recipe allows, at the same bytes, the one that costs the model's predictions
-        less, with all other groups dense. Held-out tokens decide, by a margin, because a base with values of
-        its own fits what it has seen; and the model itself, because errors over one base add up over its
-        layers, which no layer shows alone.
+        less, see :meth:`_cost_alone`, by a margin.
         """
         start = time.perf_counter()
         problems, device = self._problems(group), group.mlps[0].up.weight.device
@@ -170,8 +168,9 @@ class Compression:
             elif self._calibration is None:
                 cost = factors.error
             else:
-                cost = self._divergence_alone(group, shared)
-            cost *= 1 + _BASE_MARGIN if plan.bases > 0 else 1
+                cost = self._cost_alone(group, shared)
+            if plan.bases > 0:
+                cost += _BASE_MARGIN * abs(cost)
             if lowest is None or cost < lowest:
                 lowest, group.plan, group.shared = cost, plan, shared
         self.meter.advance()
@@ -247,15 +246,20 @@ class Compression:
     def _shared(self) -> list[SharedMLP]:
         return [mlp for group in self.groups for mlp in group.shared]
 
-    def _divergence_alone(self, group: Group, shared: list[SharedMLP]) -> float:
-        """Of the predictions of the model with ``shared`` for this group, and all others dense."""
+    def _cost_alone(self, group: Group, shared: list[SharedMLP]) -> float:
+        """What ``shared`` does to the predictions of the model, all other groups dense, on held-out batches.
+
+        Held out, because a base with values of its own fits what it has seen; the model, because errors over
+        one base add up over its layers, which no layer shows alone.
+        """
         calibration = self._calibration
         with contextlib.ExitStack() as stack:
             for mlp in self._mlps:
                 stack.enter_context(mlp.original())
             for dense, mlp in zip(group.mlps, shared, strict=True):
                 stack.enter_context(dense.trial(mlp))
-            return Divergence(self.model, group.mlps, calibration.compute_dtype).mean(calibration.probes)
+            divergence = Divergence(self.model, group.mlps, calibration.compute_dtype)
+            return divergence.mean(calibration.probes, of_labels=True)
 
     def _layer_data(self, group: Group) -> list[LayerData]:
         return [self._calibration.layer_data(group.first + i) for i in range(len(group.mlps))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from .activations import model_arguments, token_mask
 from .sensitivity import output_features
 
 _CHUNK = 256  # rows of logits in float32 at a time
+_IGNORED = -100
 
 
 class Divergence:
@@ -36,13 +38,19 @@ class Divergence:
         self._dtype = compute_dtype if weight.dtype == torch.float32 else weight.dtype
 
     @torch.no_grad()
-    def mean(self, batches: list[Any]) -> float:
+    def mean(self, batches: list[Any], of_labels: bool = False) -> float:
         """Over batches that count alike.
+
+        Args:
+            of_labels: where ``model`` predicts the next token of its input, what it loses on the tokens that
+                do follow, in nats each, instead. Compressions of equal divergence differ in it: what they
+                lose may be confidence or knowledge.
 
         Raises:
             NumericalError: it is NaN or Inf.
         """
-        return sum(self._of(batch, backward=False) for batch in batches) / len(batches)
+        measure = self._label_loss if of_labels and predicts_next_token(self._model) else self._of
+        return sum(measure(batch) for batch in batches) / len(batches)
 
     def backward(self, batch: Any) -> float:
         """Of one batch; adds gradients of the sum over its predictions to the parameters.
@@ -52,12 +60,35 @@ class Divergence:
         """
         return self._of(batch, backward=True)
 
-    def _of(self, batch: Any, backward: bool) -> float:
-        args, kwargs = model_arguments(batch, self._device)
+    def _run(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, bool]:
+        """``(expected, found, whether they are logits)``."""
         with torch.no_grad(), _originals(self._dense):
             expected, is_logits = _result(self._model(*args, **kwargs))
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             found, _ = _result(self._model(*args, **kwargs))
+        return expected, found, is_logits
+
+    def _label_loss(self, batch: Any) -> float:
+        args, kwargs = model_arguments(batch, self._device)
+        expected, found, _ = self._run(args, kwargs)
+        labels = (args[0] if args else kwargs["input_ids"])[:, 1:].clone()
+        tokens = token_mask(kwargs)
+        if tokens is not None:
+            labels[~tokens[:, 1:]] = _IGNORED
+        rows = [logits[:, :-1].flatten(0, 1) for logits in (found, expected)]
+        total, labels = 0.0, labels.flatten()
+        for start in range(0, labels.numel(), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            loss, best = (
+                F.cross_entropy(r[chunk].float(), labels[chunk], reduction="sum", ignore_index=_IGNORED)
+                for r in rows
+            )
+            total += float(loss - best)
+        return _finite(total) / max(1, int((labels != _IGNORED).sum()))
+
+    def _of(self, batch: Any, backward: bool = False) -> float:
+        args, kwargs = model_arguments(batch, self._device)
+        expected, found, is_logits = self._run(args, kwargs)
         tokens = token_mask(kwargs)
         if tokens is None or tokens.shape != found.shape[:-1]:
             tokens = torch.ones(found.shape[:-1], dtype=torch.bool)
@@ -74,15 +105,27 @@ class Divergence:
             if backward:
                 gradient[chunk] = torch.autograd.grad(loss, x)[0].to(gradient.dtype)
             total += float(loss.detach())
-        if not torch.isfinite(torch.tensor(total)):
-            raise NumericalError(
-                f"model: its divergence from the dense model is {total}; lower learning_rate, or check "
-                "the weights and the calibration data"
-            )
+        _finite(total)
         if backward:
             # Of the sum: AdamW does not see the scale, and half precision would lose that of the mean.
             rows.backward(gradient)
         return total / max(1.0, float(weight.sum()))
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether the logits of ``model`` are those of the next token, as transformers' models tell."""
+    can_generate = getattr(model, "can_generate", None)
+    config = getattr(model, "config", None)
+    return callable(can_generate) and can_generate() and not getattr(config, "is_encoder_decoder", False)
+
+
+def _finite(total: float) -> float:
+    if not math.isfinite(total):
+        raise NumericalError(
+            f"model: its divergence from the dense model is {total}; lower learning_rate, or check "
+            "the weights and the calibration data"
+        )
+    return total
 
 
 def _logit_divergence(logits: Tensor, expected: Tensor) -> Tensor:
