@@ -28,7 +28,7 @@ BATCH = 128
 PEAK_RATE, WEIGHT_DECAY, WARM_UP = 1e-3, 0.05, 0.1
 MODEL = {
     "image_size": 28,
-    "patch_size": 4,
+    "patch_size": 7,
     "num_channels": 1,
     "hidden_size": 192,
     "intermediate_size": 768,

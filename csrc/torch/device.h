@@ -20,8 +20,11 @@ class Device {
   // does nothing: the kernels there skip such entries.
   virtual void check_index(const BlockSparseView& v, const char* name) const = 0;
 
-  // Replaces codes by values where the kernels of the device do not read codes.
-  virtual void prepare_quantised(Slice& slice) const = 0;
+  // Whether every kernel of the device reads codes. If not, the one for few tokens does, and the
+  // others get values.
+  virtual bool reads_codes() const = 0;
+  // The same slice with values in place of codes.
+  virtual Slice dequantised(const Slice& slice) const = 0;
 
   virtual MmPath mm_path(const MmShape& shape) const = 0;
   virtual MmPath sddmm_path(const MmShape& shape) const = 0;

@@ -10,7 +10,8 @@ class CpuDevice final : public Device {
   explicit CpuDevice(const Tensor&) {}
 
   void check_index(const BlockSparseView& v, const char* name) const override;
-  void prepare_quantised(Slice&) const override {}
+  bool reads_codes() const override { return true; }
+  Slice dequantised(const Slice& slice) const override { return slice; }
   MmPath mm_path(const MmShape& shape) const override;
   MmPath sddmm_path(const MmShape& shape) const override;
   int64_t chunk_tokens(int64_t hidden, bool gradients) const override;

@@ -32,17 +32,19 @@ Tensor CudaDevice::workspace(int64_t bytes) const {
 // The index is in device memory; the kernels skip entries that lead outside.
 void CudaDevice::check_index(const BlockSparseView&, const char*) const {}
 
-void CudaDevice::prepare_quantised(Slice& slice) const {
-  BlockSparseView& v = slice.view;
+Slice CudaDevice::dequantised(const Slice& slice) const {
+  Slice plain = slice;
+  BlockSparseView& v = plain.view;
   const std::vector<int64_t> shape = v.is_bitmap() ? std::vector<int64_t>{v.num_values}
                                                    : std::vector<int64_t>{v.num_blocks, v.bn, v.bk};
   // Zeros, because nothing writes what pads a block to whole bytes.
   const Tensor values = make_zeros(slice.values(), shape, scalar_type_of(v.dtype));
   cuda::dequantise(v, values.mutable_data_ptr(), scope_.stream());
-  slice.tensors[0] = values;
+  plain.tensors[0] = values;
   v.values = values.const_data_ptr();
   v.storage = Storage::kPlain;
   v.scales = nullptr;
+  return plain;
 }
 
 MmPath CudaDevice::mm_path(const MmShape& shape) const {
@@ -62,6 +64,11 @@ int64_t CudaDevice::chunk_tokens(int64_t hidden, bool gradients) const {
 bool CudaDevice::has_shared_mlp(const SharedMlpParams& params) const {
   if (params.tokens == 0 || decodes(params)) {
     return params.tokens > 0;
+  }
+  const bool codes = params.up.is_quantised() || params.down.is_quantised() ||
+                     (params.gate != nullptr && params.gate->is_quantised());
+  if (codes) {
+    return false;
   }
   const cuda::DeviceInfo device = cuda::current_device();
   return cuda::prefers_fused_mlp(params, device) && cuda::fuses_shared_mlp(params, device);

@@ -12,7 +12,8 @@ class CudaDevice final : public Device {
   explicit CudaDevice(const Tensor& tensor) : scope_(tensor), like_(tensor) {}
 
   void check_index(const BlockSparseView& v, const char* name) const override;
-  void prepare_quantised(Slice& slice) const override;
+  bool reads_codes() const override { return false; }
+  Slice dequantised(const Slice& slice) const override;
   MmPath mm_path(const MmShape& shape) const override;
   MmPath sddmm_path(const MmShape& shape) const override;
   int64_t chunk_tokens(int64_t hidden, bool gradients) const override;

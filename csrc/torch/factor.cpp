@@ -9,15 +9,25 @@ constexpr int64_t kVerifiedTokens = 32;  // from here on, validating the index i
 
 }  // namespace
 
+const BlockSparseView& Factor::view() const {
+  if (!stored().is_quantised() || device_.reads_codes()) {
+    return stored();
+  }
+  if (!plain_.has_value()) {
+    plain_ = device_.dequantised(slice_);
+  }
+  return plain_->view;
+}
+
 void Factor::verify() const {
   if (!verified_) {
-    device_.check_index(view(), name_);
+    device_.check_index(stored(), name_);
     verified_ = true;
   }
 }
 
 void Factor::check_trainable() const {
-  FIPS_CHECK(!quantised_, name_,
+  FIPS_CHECK(!stored().is_quantised(), name_,
              ": its values are quantised and have no gradient; train the float values, or take "
              "BlockSparse.dequantised()");
 }
@@ -25,7 +35,8 @@ void Factor::check_trainable() const {
 const Tensor& Factor::dense_transposed() const {
   if (!dense_.has_value()) {
     verify();  // the filling follows the index
-    Tensor dense = make_empty(values(), {view().cols, view().rows}, scalar_type_of(view().dtype));
+    const std::vector<int64_t> shape{stored().cols, stored().rows};
+    Tensor dense = make_empty(values(), shape, scalar_type_of(stored().dtype));
     device_.fill_dense_transposed(view(), dense);
     dense_ = dense;
   }
@@ -36,7 +47,7 @@ bool Factor::is_sparse(int64_t tokens) const {
   if (tokens >= kVerifiedTokens) {
     verify();
   }
-  return device_.mm_path(mm_shape(view(), tokens)) == MmPath::kSparse;
+  return device_.mm_path(mm_shape(stored(), tokens)) == MmPath::kSparse;
 }
 
 Tensor Factor::run(const Tensor& x, bool transpose, const OptionalTensor& bias, const Factor* gate,
@@ -91,7 +102,7 @@ Tensor Factor::mm_activated(const Tensor& x, const OptionalTensor& bias, const F
   const Tensor up = mm(x, false, bias);
   ActivationParams p;
   p.activation = activation;
-  p.dtype = view().dtype;
+  p.dtype = stored().dtype;
   p.count = up.numel();
   p.up = p.h = up.mutable_data_ptr();
   Tensor gated;

@@ -12,23 +12,20 @@ class Factor {
  public:
   // `name` is the argument's name in messages; `device` outlives the factor.
   Factor(const Device& device, Slice slice, const char* name)
-      : device_(device),
-        slice_(std::move(slice)),
-        name_(name),
-        quantised_(slice_.view.is_quantised()) {
+      : device_(device), slice_(std::move(slice)), name_(name) {
     check_sizes(slice_.view, name);
-    if (quantised_) {
-      device_.prepare_quantised(slice_);
-    }
   }
 
-  const BlockSparseView& view() const { return slice_.view; }
+  // As given: sizes, index, and values or codes.
+  const BlockSparseView& stored() const { return slice_.view; }
+  // What every kernel of the device can read.
+  const BlockSparseView& view() const;
   const Tensor& values() const { return slice_.values(); }
 
   // Whether one kernel can multiply by both at once.
   bool is_like(const Factor& other) const {
-    return view().bk == other.view().bk && view().bn == other.view().bn &&
-           view().is_bitmap() == other.view().is_bitmap();
+    return stored().bk == other.stored().bk && stored().bn == other.stored().bn &&
+           stored().is_bitmap() == other.stored().is_bitmap();
   }
 
   // Validates every index, once. Products of a few tokens do without: they would spend a good part
@@ -60,9 +57,9 @@ class Factor {
   const Device& device_;
   Slice slice_;
   const char* name_;
-  bool quantised_;  // as given
   mutable bool verified_ = false;
-  mutable std::optional<Tensor> dense_;  // V^T filled with zeros, made at the first need
+  mutable std::optional<Slice> plain_;   // values in place of codes, made at the first need
+  mutable std::optional<Tensor> dense_;  // V^T filled with zeros, ditto
 };
 
 }  // namespace fips

@@ -62,7 +62,7 @@ Mlp::Mlp(const Device& device, const Tensor& x, const Tensor& base, const Option
   check_vector(down_bias, width_, x, "down_bias");
 }
 
-int64_t Mlp::chunk_tokens() const { return device_.chunk_tokens(up_.view().cols, true); }
+int64_t Mlp::chunk_tokens() const { return device_.chunk_tokens(up_.stored().cols, true); }
 
 void Mlp::add_product(const Tensor& sums, const Tensor& a, const Tensor& b) const {
   if (sums.numel() > 0) {
@@ -96,7 +96,7 @@ Mlp::Hidden Mlp::pre_activations(const Tensor& x) const {
 
 Tensor Mlp::forward(const Tensor& x) const {
   SharedMlpParams whole = params(x);
-  const int64_t chunk = device_.chunk_tokens(up_.view().cols, false);
+  const int64_t chunk = device_.chunk_tokens(up_.stored().cols, false);
   const bool has_kernel = device_.has_shared_mlp(whole);
   if (!has_kernel && x.size(0) <= chunk) {
     return forward_chain(x);
@@ -149,9 +149,9 @@ SharedMlpParams Mlp::params(const Tensor& x) const {
   p.rank = base_.size(1);
   p.rank_out = out_base().size(1);
   p.identity = identity_;
-  p.up = up_.view();
-  p.gate = gate_.has_value() ? &gate_->view() : nullptr;
-  p.down = down_.view();
+  p.up = up_.stored();
+  p.gate = gate_.has_value() ? &gate_->stored() : nullptr;
+  p.down = down_.stored();
   p.up_bias = pointer_of(up_bias_);
   p.gate_bias = pointer_of(gate_bias_);
   p.down_bias = pointer_of(down_bias_);
@@ -196,7 +196,7 @@ OptionalTensor Mlp::backward(const Tensor& grad_y, const Tensor& x, const MlpGra
   const Tensor dh = down_.mm(dw, false);
 
   // Overwrites the pre-activations with their gradients and recomputes h.
-  const Tensor h = make_empty(x, {x.size(0), up_.view().cols});
+  const Tensor h = make_empty(x, {x.size(0), up_.stored().cols});
   ActivationParams p;
   p.activation = activation_;
   p.dtype = dtype();

@@ -22,7 +22,7 @@ class Mlp {
       bool identity);
 
   int64_t width() const { return width_; }
-  DType dtype() const { return up_.view().dtype; }
+  DType dtype() const { return up_.stored().dtype; }
 
   // Tokens per call of backward() so that its [tokens, hidden] activations stay small.
   int64_t chunk_tokens() const;

@@ -193,9 +193,13 @@ def test_float64_is_refused(cuda):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_codes_compute_what_their_values_do(cuda, dtype, bits):
+@pytest.mark.parametrize("block", [(16, 16), (64, 32)], ids=str)
+def test_codes_compute_what_their_values_do(cuda, dtype, bits, block):
+    """Few tokens: the decode kernel reads codes. More: values are made of them first."""
     for encoding, tokens in itertools.product(ENCODINGS, [1, 16, 70]):
-        mlp = random_mlp(True, True, True, True, encoding, dtype, activation="silu")
+        mlp = random_mlp(
+            True, True, True, True, encoding, dtype, hidden=120, rank=40, activation="silu", block=block
+        )
         codes = {n: v.quantised(bits) if isinstance(v, BlockSparse) else v for n, v in mlp.items()}
         plain = {n: v.dequantised(dtype) if isinstance(v, BlockSparse) else v for n, v in codes.items()}
         x = cuda.put(randn(tokens, 24, dtype=dtype))

@@ -84,14 +84,6 @@ gather_kernel(const GatherTask task) {
   });
 }
 
-FIPS_DEVICE int code_at(const BlockSparseView& v, int64_t index) {
-  if (v.storage == Storage::kInt8) {
-    return static_cast<const int8_t*>(v.values)[index];
-  }
-  const int pair = static_cast<const uint8_t*>(v.values)[index / 2];
-  return ((index % 2 == 0 ? pair & 15 : pair >> 4) ^ 8) - 8;
-}
-
 // One stored block a thread block.
 template <class T>
 FIPS_KERNEL(kThreads, 4)
@@ -101,7 +93,7 @@ dequantise_kernel(const DequantiseTask task) {
   for_each_slot(v, task.bitmap, id, [&](int slot, int64_t index) {
     if (index >= 0) {
       const float scale = to_float(v.scales[id * v.bn + slot / v.bk]);
-      static_cast<T*>(task.out)[index] = from_float<T>(code_at(v, index) * scale);
+      static_cast<T*>(task.out)[index] = from_float<T>(code_at(v.storage, v.values, index) * scale);
     }
   });
 }

@@ -71,6 +71,8 @@ DecodeMatrix slice_matrix(const BlockSparseView& v, bool columns) {
   m.k_shift = log2_of_edge(v.bk);
   m.bitmap = make_bitmap(v);
   m.wide_mask = is_aligned(v.mask, kChunkBytes);
+  m.storage = v.storage;
+  m.scales = v.scales;
   return m;
 }
 

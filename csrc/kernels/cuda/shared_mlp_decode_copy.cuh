@@ -126,12 +126,12 @@ FIPS_DEVICE void copy_columns(const DecodeMatrix& m, const StepPlace& place, con
   });
 }
 
-// ---- `bitmap` encoding
-// ---------------------------------------------------------------------------
+// ---- `bitmap` encoding, and codes
+// ----------------------------------------------------------------
 //
-// A step is expanded when it is used (shared_mlp_decode_bitmap.cuh). Until then its slot holds the
-// masks, from each stored block's first word on, since a value is found by counting the ones before
-// it.
+// A step is expanded when it is used (shared_mlp_decode_expand.cuh). Until then its slot holds the
+// masks, if there are any, from each stored block's first word on, since a value is found by
+// counting the ones before it.
 
 // Positions of a step that lie in one stored block, and where its mask is kept in the slot.
 struct BitmapParts {
@@ -175,8 +175,15 @@ FIPS_DEVICE void copy_mask(const DecodeMatrix& m, const StepPlace& place, const 
   }
 }
 
-// Brings the values as far as L2. Where in the block they lie is a guess from the mean density,
-// which costs nothing when it is wrong.
+template <class T>
+FIPS_DEVICE int value_bits(const DecodeMatrix& m) {
+  return m.storage == Storage::kPlain  ? 8 * static_cast<int>(sizeof(T))
+         : m.storage == Storage::kInt8 ? 8
+                                       : 4;
+}
+
+// Brings the values or codes as far as L2. Where in the block of a bitmap they lie is a guess from
+// the mean density, which costs nothing when it is wrong.
 template <class T>
 FIPS_DEVICE void prefetch_values(const DecodeMatrix& m, const StepPlace& place,
                                  const GroupRef& ref) {
@@ -187,12 +194,15 @@ FIPS_DEVICE void prefetch_values(const DecodeMatrix& m, const StepPlace& place,
     return;
   }
   const SlotRange slots = part_slots(m, place, place.position + group * kDecodeGroup, kDecodeGroup);
-  const int64_t begin = max_of(0, ref.values_begin);
-  const int64_t stored = max_of(0, min_of(m.bitmap.num_values, ref.values_end) - begin);
-  const unsigned char* values =
-      static_cast<const unsigned char*>(m.values) + begin * static_cast<int64_t>(sizeof(T));
-  const int64_t first = stored * slots.begin / m.slots * static_cast<int64_t>(sizeof(T));
-  const int64_t last = stored * slots.end / m.slots * static_cast<int64_t>(sizeof(T));
+  int64_t begin = ref.block.id * int64_t{m.slots}, stored = m.slots;
+  if (m.bitmap.mask != nullptr) {
+    begin = max_of(0, ref.values_begin);
+    stored = max_of(0, min_of(m.bitmap.num_values, ref.values_end) - begin);
+  }
+  const int bits = value_bits<T>(m);
+  const unsigned char* values = static_cast<const unsigned char*>(m.values) + begin * bits / 8;
+  const int64_t first = stored * slots.begin / m.slots * bits / 8;
+  const int64_t last = stored * slots.end / m.slots * bits / 8;
   FIPS_UNROLL_BY(1)
   for (int64_t byte = first + worker * kLine; byte < last; byte += kWorkers * kLine) {
     prefetch_l2(values + byte);

@@ -11,7 +11,7 @@
 
 #include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/grid_barrier.cuh"
-#include "kernels/cuda/shared_mlp_decode_bitmap.cuh"
+#include "kernels/cuda/shared_mlp_decode_expand.cuh"
 #include "kernels/cuda/shared_mlp_decode_multiply.cuh"
 
 namespace fips::cuda {
@@ -201,7 +201,7 @@ class DecodeWarp {
       }
       const StepFeatures<T, kTokens> x = next_;
       load_next(stage, ring.next(slot_));
-      if (m.bitmap.mask != nullptr) {
+      if (m.expands()) {
         const StepMeta& meta = ring.meta[slot_];
         const StepPlace place{tile_of_unit(task_, stage, unit) * out_tile, out_tile,
                               meta.step * DecodeStep<T>::reduce(m.columns)};

@@ -152,8 +152,10 @@ FIPS_DEVICE void issue_step(const DecodeTask& task, const WarpRing& ring, int sl
     const DecodeMatrix& m = task.matrix[matrix_of(at.stage, at.which)];
     const StepPlace place{at.out, task.split[at.stage].out_tile,
                           at.step * DecodeStep<T>::reduce(m.columns)};
-    if (m.bitmap.mask != nullptr) {
-      copy_mask<T>(m, place, meta, ring.at(slot));
+    if (m.expands()) {
+      if (m.bitmap.mask != nullptr) {
+        copy_mask<T>(m, place, meta, ring.at(slot));
+      }
       prefetch_values<T>(m, place, ref);
     } else if (m.columns) {
       copy_columns<T>(m, place, meta, ring.at(slot));

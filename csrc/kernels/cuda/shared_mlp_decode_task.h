@@ -35,6 +35,13 @@ struct DecodeMatrix {
 
   BitmapSlice bitmap;  // mask null: dense, or `block` encoding
   bool wide_mask;      // 16-byte accesses are aligned
+  Storage storage;
+  const Half* scales;  // of codes, [num_blocks][rows of a block]
+
+  // Steps are made when they are used, instead of copied (shared_mlp_decode_expand.cuh).
+  FIPS_HOST_DEVICE bool expands() const {
+    return bitmap.mask != nullptr || storage != Storage::kPlain;
+  }
 };
 
 // Features [tokens, count] that a stage reads and the one before it writes.

@@ -17,6 +17,15 @@ FIPS_DEVICE uint32_t load_mask_word(const BitmapSlice& v, int64_t id, int word) 
          uint32_t{source[3]} << 24;
 }
 
+// The `index`-th packed code of a quantised slice.
+FIPS_DEVICE int code_at(Storage storage, const void* values, int64_t index) {
+  if (storage == Storage::kInt8) {
+    return static_cast<const int8_t*>(values)[index];
+  }
+  const int pair = static_cast<const uint8_t*>(values)[index / 2];
+  return ((index % 2 == 0 ? pair & 15 : pair >> 4) ^ 8) - 8;
+}
+
 // One warp walks up to 32 mask words (32 slots each) of stored block `id` from `first_word` on and
 // calls body(slot, index): index of the slot's value, or -1 where none is stored. A word is one
 // step of the warp, a slot one lane: a lane finds its value by counting the ones before its own. id

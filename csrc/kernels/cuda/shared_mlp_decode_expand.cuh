@@ -1,11 +1,12 @@
-// Expands a step of `bitmap` weights in the warp's slot, from where it looks like a copied one. The
-// warp counts the ones of the mask words that its outputs and positions lie in and keeps each word
-// with the number of values before it; then every lane looks up four neighbouring slots at a time.
-// Four is a balance: neighbouring lanes read neighbouring values, so that a load touches one or two
-// lines, and counting is paid for once per four slots.
+// Expands a step of `bitmap` weights, or of codes, in the warp's slot, from where it looks like a
+// copied one. Of a bitmap, the warp counts the ones of the mask words that its outputs and
+// positions lie in and keeps each word with the number of values before it; then every lane looks
+// up four neighbouring slots at a time. Four is a balance: neighbouring lanes read neighbouring
+// values, so that a load touches one or two lines, and counting is paid for once per four slots.
 #pragma once
 
 #include "kernels/cuda/shared_mlp_decode_stream.cuh"
+#include "kernels/cuda/slice.cuh"
 
 namespace fips::cuda {
 
@@ -44,11 +45,17 @@ struct alignas(4 * sizeof(T)) Quad {
   T element[4];
 };
 
-// Four neighbouring slots, the first of which is bit `bit` of scanned word `word`.
+// The value at `index`; `scale` is that of codes.
+template <class T>
+FIPS_DEVICE T value_at(const DecodeMatrix& m, int64_t index, float scale) {
+  return m.storage == Storage::kPlain ? static_cast<const T*>(m.values)[index]
+                                      : from_float<T>(code_at(m.storage, m.values, index) * scale);
+}
+
+// Four neighbouring slots of a bitmap, the first of which is bit `bit` of scanned word `word`.
 template <class T>
 FIPS_DEVICE Quad<T> expand_quad(const DecodeMatrix& m, const MaskScan& scan, int64_t base, int word,
-                                int bit) {
-  const T* values = static_cast<const T*>(m.values);
+                                int bit, float scale) {
   const uint32_t bits = scan.bits[word];
   const uint32_t mine = bits >> bit & 15u;
   int64_t index = base + scan.before[word] + popcount(bits & ((1u << bit) - 1u));
@@ -58,9 +65,20 @@ FIPS_DEVICE Quad<T> expand_quad(const DecodeMatrix& m, const MaskScan& scan, int
   FIPS_UNROLL
   for (int i = 0; i < 4; ++i) {
     if (sound && (mine >> i & 1u) != 0) {
-      quad.element[i] = values[index];
+      quad.element[i] = value_at<T>(m, index, scale);
     }
     index += mine >> i & 1u;
+  }
+  return quad;
+}
+
+// Four neighbouring codes from `index` on.
+template <class T>
+FIPS_DEVICE Quad<T> decode_quad(const DecodeMatrix& m, int64_t index, float scale) {
+  Quad<T> quad;
+  FIPS_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    quad.element[i] = value_at<T>(m, index + i, scale);
   }
   return quad;
 }
@@ -78,13 +96,23 @@ FIPS_DEVICE int expand_part(const DecodeMatrix& m, int id, const StepPlace& plac
   const int shift = log2_of_edge(row_slots) - 2;  // of quads in a row
   const int quads = (slots.end - slots.begin) >> m.k_shift << shift;
   const int chunks_shift = column_chunks_shift<T>(place.out_tile);
-  const int64_t base = id < 0 ? 0 : m.bitmap.value_ptr[id];
+  const bool bitmap = m.bitmap.mask != nullptr;
+  const int64_t base = id < 0   ? 0
+                       : bitmap ? m.bitmap.value_ptr[id]
+                                : id * int64_t{m.slots} + slots.begin;
+  const Half* scales = m.storage == Storage::kPlain
+                           ? nullptr
+                           : m.scales + ((id * int64_t{m.slots} + slots.begin) >> m.k_shift);
   FIPS_UNROLL_BY(4)
   for (int item = lane_index(); item < quads; item += kWarpSize) {
     const int row = item >> shift, column = in_block(item, shift) * 4;
     const int slot = (row << m.k_shift) + first_k + column;
-    const Quad<T> quad =
-        id < 0 ? Quad<T>{} : expand_quad<T>(m, scan, base, at + slot / 32, slot % 32);
+    Quad<T> quad{};
+    if (id >= 0) {
+      const float scale = scales == nullptr ? 0.0f : to_float(scales[row]);
+      quad = bitmap ? expand_quad<T>(m, scan, base, at + slot / 32, slot % 32, scale)
+                    : decode_quad<T>(m, base + slot, scale);
+    }
     const int offset = m.columns
                            ? column_step_offset(first + row, column / Step::kChunk, chunks_shift)
                            : row_step_offset(row, (first + column) / Step::kChunk);
@@ -105,7 +133,7 @@ FIPS_DEVICE void expand_step(const DecodeMatrix& m, const StepMeta& meta, const 
   for (int part = 0; part < parts.count; ++part) {
     const int offset = part * parts.positions, id = meta.id[offset / kDecodeGroup];
     const SlotRange slots = part_slots(m, place, place.position + offset, parts.positions);
-    if (id >= 0) {
+    if (id >= 0 && m.bitmap.mask != nullptr) {
       scan_mask(reinterpret_cast<const uint32_t*>(step + part * parts.mask_stride), slots, words,
                 scan);
     }
