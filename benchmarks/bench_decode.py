@@ -59,7 +59,8 @@ class Case:
     def goal(self) -> Goal | None:
         if self.setting.encoding == "block":
             return TIME_OVER_BYTES
-        return BITMAP_SHARE if self.dtype == torch.bfloat16 and self.setting.density == 0.5 else None
+        stored = self.setting.bits is None and self.setting.density == 0.5
+        return BITMAP_SHARE if self.dtype == torch.bfloat16 and stored else None
 
 
 def cases(shapes: Sequence[Shape], quick: bool) -> Iterator[Case]:
@@ -67,6 +68,11 @@ def cases(shapes: Sequence[Shape], quick: bool) -> Iterator[Case]:
         slices = [Setting(shape), Setting(shape, 0.5, encoding="bitmap")]
         if not quick:
             slices += [Setting(shape, 0.5), Setting(shape, 0.25, encoding="bitmap")]
+        slices += [
+            Setting(shape, density, encoding=encoding, bits=bits)
+            for bits in (8, 4)
+            for density, encoding in ((0.25, "block"), (0.5, "bitmap"))
+        ]
         for setting, dtype, op in itertools.product(slices, DTYPES, OPS):
             for tokens in (1, 8) if quick else (1, 8, 16):
                 yield Case(op, setting, dtype, tokens)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fips_ext import BlockSparse, functional, nn
 from fips_ext.layout import Encoding, grid_shape, pack_bits
+from fips_ext.quantise import Bits
 from fips_ext.reference import ACTIVATIONS
 
 
@@ -64,6 +65,7 @@ class Setting:
     density: float = 0.25
     block: int = 64
     encoding: Encoding = "block"
+    bits: Bits | None = None
 
     def keys(self) -> dict[str, object]:
         """The keys of a row that describe the slice."""
@@ -73,6 +75,7 @@ class Setting:
             "density": self.density,
             "block": f"{self.block}x{self.block}",
             "encoding": self.encoding,
+            **({} if self.bits is None else {"bits": self.bits}),
         }
 
 
@@ -111,12 +114,13 @@ def make_slice(
     stored = values != 0
     mask = pack_bits(stored) if bitmap else None
     values = (values[stored] if bitmap else values).to(dtype)
-    return BlockSparse.from_index(rows, cols, (edge, edge), values, col_ptr, row_idx, mask)
+    v = BlockSparse.from_index(rows, cols, (edge, edge), values, col_ptr, row_idx, mask)
+    return v if setting.bits is None else v.quantised(setting.bits)
 
 
 def stored_share(v: BlockSparse) -> float:
     """The share of the logical matrix that is multiplied: stored slots, those in the padding left out."""
-    return int(torch.count_nonzero(v.values)) / (v.rows * v.cols)
+    return int(torch.count_nonzero(v.dequantised().values)) / (v.rows * v.cols)
 
 
 @dataclasses.dataclass(frozen=True)
