@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fips_ext import Recipe
 from fips_ext.budget import GroupShape, Plan, mlp_bytes, mlp_macs, slice_bytes, solve
-from fips_ext.errors import BudgetError
+from fips_ext.errors import BudgetError, InvalidArgument
 from fips_ext.layout import BlockSparse
 from fips_ext.nn import SharedBase, SharedMLP, SparseFactor
 from fips_ext.recipe import Pattern
@@ -27,8 +27,17 @@ shapes = st.builds(
     biases=st.integers(0, 500),
     element_size=st.sampled_from((2, 4)),
 )
+
+
+def recipe_of(**fields) -> Recipe:
+    if fields["pattern"].startswith("bitmap"):
+        fields["budget"] = "bytes"
+    return Recipe(**fields)
+
+
 recipes = st.builds(
-    Recipe,
+    recipe_of,
+    budget=st.sampled_from(("bytes", "macs")),
     ratio=st.floats(0.05, 1),
     pattern=st.sampled_from(PATTERNS),
     rank=st.none() | st.integers(1, 16),
@@ -48,6 +57,10 @@ def attempt(recipe: Recipe, shape: GroupShape) -> Plan:
     except BudgetError:
         assume(False)
         raise
+
+
+def dense(recipe: Recipe, shape: GroupShape) -> int:
+    return shape.dense_bytes if recipe.budget == "bytes" else shape.dense_macs
 
 
 def recount(plan: Plan) -> int:
@@ -73,7 +86,7 @@ def recount(plan: Plan) -> int:
 @given(recipes, shapes)
 def test_never_above_the_budget_and_honest_about_it(recipe: Recipe, shape: GroupShape) -> None:
     plan = attempt(recipe, shape)
-    assert plan.nbytes <= recipe.ratio * shape.dense_bytes
+    assert plan.spent(recipe.budget) <= recipe.ratio * dense(recipe, shape)
     assert plan.nbytes == recount(plan)
     assert plan.rank <= shape.width
     assert plan.density > 0
@@ -88,6 +101,9 @@ def test_nothing_more_would_fit(recipe: Recipe, shape: GroupShape) -> None:
     grid_rows = math.ceil(plan.rows / plan.pattern.block[0])
     grid_columns = math.ceil(shape.hidden / plan.pattern.block[1])
     most = plan.rows * shape.columns if unit == 1 else grid_rows * grid_columns * shape.slices
+    if recipe.budget == "macs":
+        assert plan.count == most or plan.macs + unit > math.floor(recipe.ratio * shape.dense_macs)
+        return
     step = math.ceil(unit * (plan.bits or 8 * shape.element_size) / 8) + (0 if unit == 1 else 4)
     if plan.bits is not None and unit > 1:
         step += 2 * plan.pattern.block[1]  # scales
@@ -103,6 +119,7 @@ def test_monotone_in_the_ratio(recipe: Recipe, shape: GroupShape, other: float) 
     if small.rank == large.rank:
         assert small.count <= large.count
         assert small.nbytes <= large.nbytes
+        assert small.macs <= large.macs
 
 
 @given(recipes, shapes)
@@ -126,6 +143,12 @@ def test_dense_chooses_the_largest_rank() -> None:
     # (d + C) r values of 2 bytes and a little index against d C.
     assert plan.rank == 48
     assert plan.density == 1
+
+
+def test_a_bitmap_saves_no_multiply_adds() -> None:
+    with pytest.raises(InvalidArgument, match="a bitmap multiplies its zeros"):
+        Recipe(ratio=0.5, budget="macs")
+    assert solve(Recipe(ratio=0.5, base="identity"), GroupShape(128, 512, True, 2)).macs == 128 * 512 * 6
 
 
 def test_rank_falls_when_the_base_would_eat_the_budget() -> None:

@@ -158,6 +158,15 @@ def test_codes_stay_within_the_bytes_and_keep_more(bits, name, pattern, dtype) -
     assert errors[bits] < errors[None]
 
 
+@pytest.mark.parametrize("base", ["auto", "shared", "identity"])
+@pytest.mark.parametrize("pattern", ["block:16x16", "dense:16x16"])
+def test_multiply_adds_within_their_ratio(base: str, pattern: str) -> None:
+    if (base, pattern) == ("identity", "dense:16x16"):
+        return
+    _, _, report = compressed("llama", base=base, pattern=pattern, budget="macs", ratio=0.7, group_size=3)
+    assert 0.5 < report.macs_ratio <= 0.7
+
+
 @pytest.mark.parametrize("bits", [None, 8])
 def test_bytes_are_those_of_the_state_dict(bits) -> None:
     model, _, report = compressed("bert", bits=bits)

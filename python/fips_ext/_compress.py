@@ -149,7 +149,7 @@ class Compression:
             ]
             plans = allocate(plans, curves, [plan.least_count for plan in plans])
             for group, plan in zip(self.groups, plans, strict=True):
-                group.plan, group.budget = plan, plan.nbytes
+                group.plan, group.allowed = plan, plan.spent(recipe.budget)
 
     def initialise(self, group: Group) -> None:
         """The closed form, float32, not yet in the model; settles ``group.plan``.
@@ -270,7 +270,7 @@ class Compression:
         for base in self.recipe.bases[1:] if not group.plan.identity else ():
             with contextlib.suppress(BudgetError):
                 recipe = dataclasses.replace(self.recipe, base=base, rank=None)
-                plans.append(budget.solve(recipe, group.plan.shape, group.budget))
+                plans.append(budget.solve(recipe, group.plan.shape, group.allowed))
         return plans
 
     def _problems(self, group: Group) -> list[dict[str, SliceProblem]]:
@@ -291,7 +291,7 @@ class Group:
         mlps: the dense ones.
         first: number of the first one in the model.
         plan: how it spends its bytes.
-        budget: the bytes it may spend.
+        allowed: what it may spend, in the unit of ``Recipe.budget``.
         shared: the compressed ones, once initialised.
         before, after: errors as in :class:`LayerReport`, once trained.
         seconds: spent so far.
@@ -300,7 +300,7 @@ class Group:
     mlps: list[DenseMLP]
     first: int
     plan: budget.Plan
-    budget: int
+    allowed: int
     shared: list[SharedMLP] = dataclasses.field(default_factory=list)
     before: list[float] | None = None
     after: list[float] | None = None
@@ -309,7 +309,7 @@ class Group:
     @classmethod
     def of(cls, mlps: list[DenseMLP], first: int, recipe: Recipe) -> Group:
         shape = shape_of(mlps)
-        return cls(mlps, first, budget.solve(recipe, shape), budget.allowed_bytes(recipe, shape))
+        return cls(mlps, first, budget.solve(recipe, shape), budget.allowance(recipe, shape))
 
     def round(self) -> list[tuple[SparseFactor, FloatValues]]:
         """Bring the factors to what is stored: codes, the dtype of the model; returns what undoes codes."""

@@ -1,4 +1,4 @@
-"""Bytes and multiply-adds of a group of MLPs, and the solver that makes them meet a ratio.
+"""Bytes and multiply-adds of a group of MLPs, and the solver that makes either meet a ratio.
 
 What is counted is what a checkpoint stores: bases, values or codes and their scales, block index, masks and
 biases, all floating values in one dtype (arXiv 2411.09816 counts ``d·r + nnz(V)`` values only and forgets the
@@ -115,6 +115,19 @@ class Plan:
         return values / max(1, self.rows * self.shape.columns)
 
     @property
+    def macs(self) -> int:
+        """Multiply-adds per token: the bases, twice in each layer, and every slot of a stored block."""
+        pattern, shape = self.pattern, self.shape
+        blocks = self.count
+        if pattern.kind == "bitmap":
+            blocks = shape.slices * math.prod(grid_shape(self.rows, shape.hidden, pattern.block))
+        return _base_macs(shape, self.rank) + blocks * math.prod(pattern.block)
+
+    def spent(self, budget: str) -> int:
+        """What a budget in ``bytes`` or ``macs`` counts."""
+        return self.nbytes if budget == "bytes" else self.macs
+
+    @property
     def least_count(self) -> int:
         """The fewest units that leave no column of the grid empty on average."""
         return _least_count(self.pattern, self.shape, self.rows)
@@ -126,13 +139,13 @@ class Plan:
         return dataclasses.replace(self, count=count, nbytes=nbytes)
 
 
-def solve(recipe: Recipe, shape: GroupShape, budget: int | None = None) -> Plan:
+def solve(recipe: Recipe, shape: GroupShape, allowed: int | None = None) -> Plan:
     """The plan of a group that meets ``recipe.ratio`` exactly or below, never above.
 
     With ``base="auto"`` the plan is that of the first of ``recipe.bases`` that can meet it.
 
     Args:
-        budget: bytes to meet instead.
+        allowed: bytes, or multiply-adds, see ``recipe.budget``, to meet instead.
 
     An unset rank becomes: for ``dense`` the largest that fits; for ``shared`` the largest up to ``d`` that
     leaves V a density of 0.2; for ``both`` about ``d / 16``. Ranks are multiples of ``bk``, or ``d``.
@@ -143,22 +156,24 @@ def solve(recipe: Recipe, shape: GroupShape, budget: int | None = None) -> Plan:
     """
     for base in recipe.bases[:-1]:
         with contextlib.suppress(BudgetError):
-            return solve(dataclasses.replace(recipe, base=base), shape, budget)
+            return solve(dataclasses.replace(recipe, base=base), shape, allowed)
     recipe = dataclasses.replace(recipe, base=recipe.bases[-1])
     pattern = recipe.parsed_pattern
-    asked = recipe.ratio if budget is None else budget / shape.dense_bytes
-    budget = allowed_bytes(recipe, shape) if budget is None else budget
-    plans = [_spend(recipe, shape, rank, budget) for rank in _ranks(recipe, shape)]
+    dense = _dense(recipe, shape)
+    asked = recipe.ratio if allowed is None else allowed / dense
+    allowed = allowance(recipe, shape) if allowed is None else allowed
+    plans = [_spend(recipe, shape, rank, allowed) for rank in _ranks(recipe, shape)]
     feasible = [plan for plan in plans if plan is not None]
     if not feasible:
-        least = min(_least_bytes(recipe, shape, rank) for rank in _ranks(recipe, shape))
-        smallest = math.ceil(least / shape.dense_bytes * 1e4) / 1e4
+        least = min(_least(recipe, shape, rank) for rank in _ranks(recipe, shape))
+        smallest = math.ceil(least / dense * 1e4) / 1e4
         hint = "raise the ratio, the group size, or take a smaller rank"
         if smallest > 1:
             hint = "this pattern cannot save anything on MLPs this small or with this base; take another"
         raise BudgetError(
-            f"ratio: got {asked:.4g}; the base, index and biases of {shape.layers} MLPs of "
-            f"{shape.width}x{shape.hidden} with pattern {pattern} need at least {smallest:.4f}; {hint}"
+            f"ratio: got {asked:.4g} of the {recipe.budget}; the base, index and biases of {shape.layers} "
+            f"MLPs of {shape.width}x{shape.hidden} with pattern {pattern} need at least {smallest:.4f}; "
+            f"{hint}"
         )
     if pattern.kind == "dense":
         return feasible[-1]
@@ -167,9 +182,9 @@ def solve(recipe: Recipe, shape: GroupShape, budget: int | None = None) -> Plan:
     return roomy[-1] if roomy else feasible[0]
 
 
-def allowed_bytes(recipe: Recipe, shape: GroupShape) -> int:
-    """What ``recipe.ratio`` lets a group take."""
-    return math.floor(recipe.ratio * shape.dense_bytes)
+def allowance(recipe: Recipe, shape: GroupShape) -> int:
+    """What ``recipe.ratio`` lets a group take, in the unit of ``recipe.budget``."""
+    return math.floor(recipe.ratio * _dense(recipe, shape))
 
 
 def slice_bytes(
@@ -235,22 +250,32 @@ def _fixed(recipe: Recipe, shape: GroupShape, rank: int) -> Stored:
     return Stored(base, index, shape.biases * shape.element_size)
 
 
-def _spend(recipe: Recipe, shape: GroupShape, rank: int, budget: int) -> Plan | None:
-    """The plan of one rank, or None when the budget is below the least it needs."""
+def _dense(recipe: Recipe, shape: GroupShape) -> int:
+    return shape.dense_bytes if recipe.budget == "bytes" else shape.dense_macs
+
+
+def _spend(recipe: Recipe, shape: GroupShape, rank: int, allowed: int) -> Plan | None:
+    """The plan of one rank, or None when what is allowed is below the least it needs."""
     pattern = recipe.parsed_pattern
-    if budget < _least_bytes(recipe, shape, rank):
+    if allowed < _least(recipe, shape, rank):
         return None
     unit = _unit_bits(pattern, shape, recipe.bits)
     fixed = sum(_fixed(recipe, shape, rank))
-    count = min((budget - fixed) * 8 // unit, _most(recipe, shape, rank))
+    if recipe.budget == "bytes":
+        count = (allowed - fixed) * 8 // unit
+    else:
+        count = (allowed - _base_macs(shape, rank)) // math.prod(pattern.block)
+    count = min(count, _most(recipe, shape, rank))
     nbytes = fixed + _whole_bytes(count * unit)
     identity = recipe.base != "shared"
     return Plan(shape, pattern, rank, identity, _bases(recipe), count, nbytes, recipe.bits)
 
 
-def _least_bytes(recipe: Recipe, shape: GroupShape, rank: int) -> int:
-    """Bytes of the sparsest plan that is not degenerate; ``dense`` has no choice."""
+def _least(recipe: Recipe, shape: GroupShape, rank: int) -> int:
+    """What the sparsest plan takes that is not degenerate; ``dense`` has no choice."""
     least = _least_count(recipe.parsed_pattern, shape, _rows(recipe, shape, rank))
+    if recipe.budget == "macs":
+        return _base_macs(shape, rank) + least * math.prod(recipe.parsed_pattern.block)
     unit = _unit_bits(recipe.parsed_pattern, shape, recipe.bits)
     return sum(_fixed(recipe, shape, rank)) + _whole_bytes(least * unit)
 
@@ -281,6 +306,11 @@ def _bases(recipe: Recipe) -> int:
     if recipe.base == "identity":
         return 0
     return 2 if recipe.per_role else 1
+
+
+def _base_macs(shape: GroupShape, rank: int) -> int:
+    """Of ``x U`` and ``w Uᵀ``, in every layer."""
+    return 2 * shape.layers * shape.width * rank
 
 
 def _unit_values(pattern: Pattern) -> int:

@@ -51,8 +51,10 @@ class Recipe:
 
     Attributes:
         ratio: bytes of the compressed MLPs (base, values, index, masks, biases) over their dense bytes in the
-            same dtype, in (0, 1].
+            same dtype, in (0, 1]; see ``budget``.
         pattern: ``bitmap``, ``bitmap:BKxBN``, ``block:BKxBN`` or ``dense``.
+        budget: what ``ratio`` is of: ``bytes``, or ``macs``, the multiply-adds per token that are done. A
+            bitmap multiplies its zeros, too, so that only blocks and low rank can save ``macs``.
         group_size: consecutive transformer blocks that share a base.
         rank: stored base vectors per base; None lets the budget solver choose.
         base: ``shared`` = ``U``; ``identity`` = ``I`` (plain pruning); ``both`` = ``[U, I]`` (sparse + low
@@ -79,6 +81,7 @@ class Recipe:
 
     ratio: float
     pattern: str = "bitmap"
+    budget: Literal["bytes", "macs"] = "bytes"
     group_size: int = 5
     rank: int | None = None
     base: Literal["auto", "shared", "identity", "both"] = "auto"
@@ -116,6 +119,7 @@ class Recipe:
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise InvalidArgument(f"rank: got {self.rank!r}; expected None or a positive integer")
         for name, allowed in (
+            ("budget", ("bytes", "macs")),
             ("base", ("auto", "shared", "identity", "both")),
             ("bits", (*LARGEST_CODE, None)),
             ("sensitivity", ("loss", "output")),
@@ -124,6 +128,11 @@ class Recipe:
         ):
             if getattr(self, name) not in allowed:
                 raise InvalidArgument(f"{name}: got {getattr(self, name)!r}; allowed are {allowed}")
+        if self.budget == "macs" and self.parsed_pattern.kind == "bitmap":
+            raise InvalidArgument(
+                f"budget: got 'macs' with pattern={self.pattern!r}; a bitmap multiplies its zeros, too; take "
+                "a block pattern or 'dense', or budget='bytes'"
+            )
         if self.ranking == "output" and (self.base != "identity" or self.parsed_pattern.kind != "bitmap"):
             raise InvalidArgument(
                 f"ranking: got 'output' with base={self.base!r} and pattern={self.pattern!r}; what feeds one "

@@ -36,6 +36,11 @@ class Base(str, Enum):
     both = "both"
 
 
+class Budget(str, Enum):
+    bytes = "bytes"
+    macs = "macs"
+
+
 # The dataclass is the one place that knows the defaults.
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Recipe)}
 _DEFAULT_BASE = Base(_DEFAULTS["base"])
@@ -45,7 +50,7 @@ def compress(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="What to compress; see 'fips --help'.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
     ratio: Annotated[
-        float, typer.Option(help="MLP bytes to keep, in (0, 1]: everything counted, index too.")
+        float, typer.Option(help="MLP bytes to keep, in (0, 1]: everything counted, index too; see --budget.")
     ],
     pattern: Annotated[
         str,
@@ -66,6 +71,9 @@ def compress(
             help="shared: U. identity: I (plain pruning). both: [U, I]. auto: U or I, group by group."
         ),
     ] = _DEFAULT_BASE,
+    budget: Annotated[
+        Budget, typer.Option(help="What the ratio is of: bytes, or multiply-adds per token (no bitmap).")
+    ] = Budget.bytes,
     bits: Annotated[
         int | None,
         typer.Option(help="Store the factors as codes of 8 or 4 bits. Default: in the dtype of the model."),
@@ -108,6 +116,7 @@ def compress(
             group_size=group_size,
             rank=rank,
             base=base.value,
+            budget=budget.value,
             bits=bits,
             steps=steps,
             distill_steps=distill_steps,
