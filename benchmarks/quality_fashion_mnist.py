@@ -80,7 +80,7 @@ def train(images: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
             loss.backward()
             optimizer.step()
             schedule.step()
-        print(f"epoch {epoch + 1}: loss {float(loss):.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
     return model.eval()
 
 

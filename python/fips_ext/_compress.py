@@ -32,6 +32,8 @@ from .train import (
     calibrate,
     check_weights,
     distill,
+    next_token_loss,
+    predicts_next_token,
     train_group,
     weight_problems,
 )
@@ -127,6 +129,7 @@ class Compression:
         _check_rank(recipe, self._mlps)
         self._dense_bytes = _model_bytes(model)
         self._calibration: Calibration | None = None
+        self._dense_loss: float | None = None  # on the probes
         self._divergence: tuple[float | None, float | None] = (None, None)
         self.meter = _Meter(progress, len(self.groups), recipe)
         if self.device.type == "cuda":
@@ -250,16 +253,21 @@ class Compression:
         """What ``shared`` does to the predictions of the model, all other groups dense, on held-out batches.
 
         Held out, because a base with values of its own fits what it has seen; the model, because errors over
-        one base add up over its layers, which no layer shows alone.
+        one base add up over its layers, which no layer shows alone. A language model is asked what it loses
+        on the tokens of the text, any other how far it diverges from the dense one.
         """
         calibration = self._calibration
+        probes, dtype = calibration.probes, calibration.compute_dtype
         with contextlib.ExitStack() as stack:
             for mlp in self._mlps:
                 stack.enter_context(mlp.original())
+            if predicts_next_token(self.model) and self._dense_loss is None:
+                self._dense_loss = next_token_loss(self.model, probes, self.device, dtype)
             for dense, mlp in zip(group.mlps, shared, strict=True):
                 stack.enter_context(dense.trial(mlp))
-            divergence = Divergence(self.model, group.mlps, calibration.compute_dtype)
-            return divergence.mean(calibration.probes, of_labels=True)
+            if predicts_next_token(self.model):
+                return next_token_loss(self.model, probes, self.device, dtype) - self._dense_loss
+            return Divergence(self.model, group.mlps, dtype).mean(probes)
 
     def _layer_data(self, group: Group) -> list[LayerData]:
         return [self._calibration.layer_data(group.first + i) for i in range(len(group.mlps))]

@@ -7,6 +7,7 @@ from .divergence import Divergence
 from .loop import LayerData, train_group
 from .sensitivity import Sensitivity, SensitivityMeter
 from .teacher import Observation, check_weights, observe, weight_problems
+from .token_loss import next_token_loss, predicts_next_token
 
 __all__ = [
     "ActivationStore",
@@ -22,7 +23,9 @@ __all__ = [
     "collect",
     "distill",
     "held_out_rows",
+    "next_token_loss",
     "observe",
+    "predicts_next_token",
     "train_group",
     "weight_problems",
 ]

@@ -17,7 +17,6 @@ from .activations import model_arguments, token_mask
 from .sensitivity import output_features
 
 _CHUNK = 256  # rows of logits in float32 at a time
-_IGNORED = -100
 
 
 class Divergence:
@@ -38,19 +37,13 @@ class Divergence:
         self._dtype = compute_dtype if weight.dtype == torch.float32 else weight.dtype
 
     @torch.no_grad()
-    def mean(self, batches: list[Any], of_labels: bool = False) -> float:
+    def mean(self, batches: list[Any]) -> float:
         """Over batches that count alike.
-
-        Args:
-            of_labels: where ``model`` predicts the next token of its input, what it loses on the tokens that
-                do follow, in nats each, instead. Compressions of equal divergence differ in it: what they
-                lose may be confidence or knowledge.
 
         Raises:
             NumericalError: it is NaN or Inf.
         """
-        measure = self._label_loss if of_labels and predicts_next_token(self._model) else self._of
-        return sum(measure(batch) for batch in batches) / len(batches)
+        return sum(self._of(batch) for batch in batches) / len(batches)
 
     def backward(self, batch: Any) -> float:
         """Of one batch; adds gradients of the sum over its predictions to the parameters.
@@ -60,35 +53,12 @@ class Divergence:
         """
         return self._of(batch, backward=True)
 
-    def _run(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, bool]:
-        """``(expected, found, whether they are logits)``."""
+    def _of(self, batch: Any, backward: bool = False) -> float:
+        args, kwargs = model_arguments(batch, self._device)
         with torch.no_grad(), _originals(self._dense):
             expected, is_logits = _result(self._model(*args, **kwargs))
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             found, _ = _result(self._model(*args, **kwargs))
-        return expected, found, is_logits
-
-    def _label_loss(self, batch: Any) -> float:
-        args, kwargs = model_arguments(batch, self._device)
-        expected, found, _ = self._run(args, kwargs)
-        labels = (args[0] if args else kwargs["input_ids"])[:, 1:].clone()
-        tokens = token_mask(kwargs)
-        if tokens is not None:
-            labels[~tokens[:, 1:]] = _IGNORED
-        rows = [logits[:, :-1].flatten(0, 1) for logits in (found, expected)]
-        total, labels = 0.0, labels.flatten()
-        for start in range(0, labels.numel(), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            loss, best = (
-                F.cross_entropy(r[chunk].float(), labels[chunk], reduction="sum", ignore_index=_IGNORED)
-                for r in rows
-            )
-            total += float(loss - best)
-        return _finite(total) / max(1, int((labels != _IGNORED).sum()))
-
-    def _of(self, batch: Any, backward: bool = False) -> float:
-        args, kwargs = model_arguments(batch, self._device)
-        expected, found, is_logits = self._run(args, kwargs)
         tokens = token_mask(kwargs)
         if tokens is None or tokens.shape != found.shape[:-1]:
             tokens = torch.ones(found.shape[:-1], dtype=torch.bool)
@@ -105,27 +75,15 @@ class Divergence:
             if backward:
                 gradient[chunk] = torch.autograd.grad(loss, x)[0].to(gradient.dtype)
             total += float(loss.detach())
-        _finite(total)
+        if not math.isfinite(total):
+            raise NumericalError(
+                f"model: its divergence from the dense model is {total}; lower learning_rate, or check "
+                "the weights and the calibration data"
+            )
         if backward:
             # Of the sum: AdamW does not see the scale, and half precision would lose that of the mean.
             rows.backward(gradient)
         return total / max(1.0, float(weight.sum()))
-
-
-def predicts_next_token(model: nn.Module) -> bool:
-    """Whether the logits of ``model`` are those of the next token, as transformers' models tell."""
-    can_generate = getattr(model, "can_generate", None)
-    config = getattr(model, "config", None)
-    return callable(can_generate) and can_generate() and not getattr(config, "is_encoder_decoder", False)
-
-
-def _finite(total: float) -> float:
-    if not math.isfinite(total):
-        raise NumericalError(
-            f"model: its divergence from the dense model is {total}; lower learning_rate, or check "
-            "the weights and the calibration data"
-        )
-    return total
 
 
 def _logit_divergence(logits: Tensor, expected: Tensor) -> Tensor:

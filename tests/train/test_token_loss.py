@@ -1,0 +1,50 @@
+"""next_token_loss, and which models it is asked of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fips_ext.errors import NumericalError
+from fips_ext.train import next_token_loss, predicts_next_token
+
+from ..tiny_models import CASES, build
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("form", ["ids", "dict", "padded"])
+def test_is_the_mean_over_all_tokens(form: str) -> None:
+    model, x = build("llama")
+    rows = slice(None, 6) if form == "padded" else slice(None)
+    with torch.no_grad():
+        logits = model(x).logits.double()[:, rows][:, :-1].flatten(0, 1)
+    expected = float(F.cross_entropy(logits, x[:, rows][:, 1:].flatten()))
+    batch = x if form == "ids" else {"input_ids": x}
+    if form == "padded":
+        batch["attention_mask"] = torch.ones_like(x)
+        batch["attention_mask"][:, 6:] = 0
+    found = next_token_loss(model, [batch, batch], CPU, torch.float32)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_longer_batches_count_more() -> None:
+    model, x = build("llama")
+    parts = [next_token_loss(model, [p], CPU, torch.float32) for p in (x, x[:1, :4])]
+    both = next_token_loss(model, [x, x[:1, :4]], CPU, torch.float32)
+    assert both == pytest.approx((22 * parts[0] + 3 * parts[1]) / 25, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_causal_models_predict(name: str) -> None:
+    assert predicts_next_token(build(name)[0]) == (name in ("llama", "qwen2", "gemma2", "mistral"))
+
+
+def test_nan_is_an_error() -> None:
+    model, x = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(NumericalError, match="loss on the calibration data is nan"):
+        next_token_loss(model, [x], CPU, torch.float32)
