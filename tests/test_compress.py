@@ -106,11 +106,11 @@ def test_auto_takes_the_better_base_of_each_group(pattern: str) -> None:
                 if isinstance(linear, torch.nn.Linear):
                     product = directions @ torch.randn(6, 64)
                     linear.weight.copy_(product if name == "down_proj" else product.t())
-            x = torch.arange(16).unsqueeze(1)
+            x = torch.arange(64).unsqueeze(1)
             while x.shape[1] < 12:  # text that the model predicts
                 x = torch.cat([x, model(x).logits[:, -1:].argmax(-1)], 1)
         fields = {"ratio": 0.8, "group_size": 1, "steps": 0, "ranking": "group", "pattern": pattern}
-        found[base] = compress(model, recipe(base=base, calibration_tokens=192, **fields), [x])
+        found[base] = compress(model, recipe(base=base, calibration_tokens=768, **fields), [x])
     auto = found["auto"].layers
     assert found["auto"].mlp_ratio <= 0.8
     assert auto[1].base.startswith("U")
@@ -211,6 +211,21 @@ def test_keeps_the_dtype(dtype: torch.dtype) -> None:
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert report.mlp_ratio <= 0.8
     assert model(x).logits.isfinite().all()
+
+
+def test_the_base_is_chosen_in_eval_mode() -> None:
+    """And in whatever dtype products are asked for: the same bases, and the model in the mode it was in."""
+    chosen = []
+    for training in (False, True):
+        torch.manual_seed(4)
+        model, x = build("llama")
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.3 if training else 0.0
+        model.to(torch.bfloat16).train(training)
+        report = compress(model, recipe(group_size=1), [x] * 8, compute_dtype=torch.float32)
+        chosen.append([(layer.base, layer.error_before) for layer in report.layers])
+        assert model.training == training
+    assert chosen[0] == chosen[1]
 
 
 def test_data_free() -> None:

@@ -37,8 +37,10 @@ Slice CudaDevice::dequantised(const Slice& slice) const {
   BlockSparseView& v = plain.view;
   const std::vector<int64_t> shape = v.is_bitmap() ? std::vector<int64_t>{v.num_values}
                                                    : std::vector<int64_t>{v.num_blocks, v.bn, v.bk};
-  // Zeros, because nothing writes what pads a block to whole bytes.
-  const Tensor values = make_zeros(slice.values(), shape, scalar_type_of(v.dtype));
+  // Of a bitmap, nothing writes what pads a block to whole bytes.
+  const ScalarType type = scalar_type_of(v.dtype);
+  const Tensor values = v.is_bitmap() ? make_zeros(slice.values(), shape, type)
+                                      : make_empty(slice.values(), shape, type);
   cuda::dequantise(v, values.mutable_data_ptr(), scope_.stream());
   plain.tensors[0] = values;
   v.values = values.const_data_ptr();

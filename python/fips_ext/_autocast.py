@@ -24,7 +24,7 @@ def _cast(argument, dtype: torch.dtype):
         wanted = argument.is_floating_point() and argument.dtype != torch.float64
         return argument.to(dtype) if wanted else argument
     if isinstance(argument, list | tuple):
-        return [_cast(argument[0], dtype), *argument[1:]]
+        return [*(_cast(values, dtype) for values in argument[:1]), *argument[1:]]
     return argument
 
 

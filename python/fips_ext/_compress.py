@@ -34,6 +34,7 @@ from .train import (
     distill,
     next_token_loss,
     predicts_next_token,
+    product_dtype,
     train_group,
     weight_problems,
 )
@@ -257,15 +258,16 @@ class Compression:
         on the tokens of the text, any other how far it diverges from the dense one.
         """
         calibration = self._calibration
-        probes, dtype = calibration.probes, calibration.compute_dtype
+        probes = calibration.probes
+        dtype = product_dtype(group.mlps[0].up.weight, calibration.compute_dtype)
         with contextlib.ExitStack() as stack:
             for mlp in self._mlps:
                 stack.enter_context(mlp.original())
-            if predicts_next_token(self.model) and self._dense_loss is None:
+            if self._dense_loss is None and predicts_next_token(self.model):
                 self._dense_loss = next_token_loss(self.model, probes, self.device, dtype)
             for dense, mlp in zip(group.mlps, shared, strict=True):
                 stack.enter_context(dense.trial(mlp))
-            if predicts_next_token(self.model):
+            if self._dense_loss is not None:
                 return next_token_loss(self.model, probes, self.device, dtype) - self._dense_loss
             return Divergence(self.model, group.mlps, dtype).mean(probes)
 

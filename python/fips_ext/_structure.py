@@ -161,6 +161,11 @@ def _describe_mlp(mlp: SharedMLP, places: list[str], owner: str) -> Json:
 
 
 def _describe_factor(factor: SparseFactor) -> Json:
+    if factor.rounding is not None:
+        raise CheckpointError(
+            f"model: a slice is to be rounded to codes of {factor.rounding.bits} bits, but still holds "
+            "values; call its quantise() first"
+        )
     layout = factor.slice()
     return {
         "rows": layout.rows,

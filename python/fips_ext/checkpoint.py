@@ -141,10 +141,10 @@ def info(directory: str | Path) -> Json:
     """What a checkpoint holds, without loading it.
 
     Returns:
-        ``bytes`` per component (``bases``, ``values``, ``index``, ``masks``, ``biases``, ``other``), their
-        ``total`` and the ``file`` with its header; ``dense_bytes`` and ``ratios`` for ``mlp``, ``block``
-        (every linear map of the blocks) and ``model``; ``recipe``, ``report``, ``mlps`` (how many),
-        ``bases``, ``format_version`` and ``fips_ext`` (the version that wrote it).
+        ``bytes`` per component (``bases``, ``values``, ``scales``, ``index``, ``masks``, ``biases``,
+        ``other``), their ``total`` and the ``file`` with its header; ``dense_bytes`` and ``ratios`` for
+        ``mlp``, ``block`` (every linear map of the blocks) and ``model``; ``recipe``, ``report``, ``mlps``
+        (how many), ``bases``, ``format_version`` and ``fips_ext`` (the version that wrote it).
 
     Raises:
         CheckpointError: a file is missing, damaged or of a newer format.

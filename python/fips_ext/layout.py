@@ -184,6 +184,11 @@ class BlockSparse:
 
     def quantised(self, bits: quantise.Bits, scales: Tensor | None = None) -> BlockSparse:
         """The same slice with its values as codes; ``scales`` float16 ``[nnzb, bn]``, default the best."""
+        if bits not in quantise.CODE_DTYPES or self.bits is not None:
+            raise InvalidArgument(
+                f"bits: got {bits!r} for a slice of {self.bits or 'no'} bits; only values can be quantised, "
+                f"to codes of {' or '.join(map(str, quantise.CODE_DTYPES))} bits"
+            )
         tiles = self.tiles()
         if scales is None:
             scales = quantise.choose_scales(tiles, bits)
@@ -326,8 +331,8 @@ def _check_scales(values: Tensor, scales: Tensor | None, shape: tuple[int, int])
         )
     if scales.dtype != quantise.SCALE_DTYPE or tuple(scales.shape) != shape:
         raise InvalidArgument(f"scales: expected float16 {shape}, got {scales.dtype} {tuple(scales.shape)}")
-    if not bool(scales.isfinite().all()):
-        raise InvalidArgument("scales: hold NaN or Inf")
+    if not bool((scales.isfinite() & (scales >= 0)).all()):
+        raise InvalidArgument("scales: hold NaN, Inf or negative numbers")
     return bits
 
 

@@ -98,7 +98,8 @@ def unpack_codes(values: Tensor, kept: Tensor | None = None, block_ptr: Tensor |
     if kept is None:
         return flat
     # No shape here depends on what is kept, so that the op that needs this can be traced.
-    places = kept.flatten(1).cumsum(1) + block_ptr[:-1].unsqueeze(1)  # one too far: in front comes a zero
+    places = kept.flatten(1).cumsum(1, dtype=torch.int32)
+    places += block_ptr[:-1].unsqueeze(1)  # one too far: in front comes a zero
     codes = torch.cat([flat.new_zeros(1), flat])[torch.where(kept.flatten(1), places, 0)]
     return codes.view(kept.shape)
 

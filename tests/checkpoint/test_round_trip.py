@@ -244,6 +244,14 @@ def test_codes_come_back_in_any_dtype(tmp_path: Path, bits: int, encoding: str) 
     assert facts["dense_bytes"]["mlp"] == dense
 
 
+def test_values_that_are_to_be_rounded_are_not_saved(tmp_path: Path) -> None:
+    model = dense_toy().eval()
+    share(model, rank=8)
+    next(iter(shared_mlps(model).values())).down.round_to(4)
+    with pytest.raises(CheckpointError, match="4 bits, but still holds values"):
+        save_pretrained(model, tmp_path / "codes")
+
+
 def test_scales_of_another_dtype_are_refused(tmp_path: Path) -> None:
     model = dense_toy().eval()
     share(model, rank=8)

@@ -47,6 +47,28 @@ def model_of(
     return nn.Sequential(plain, gated).eval()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rank", FORMS)
+def test_copies_of_codes_are_their_values(rank: int, bits: int) -> None:
+    """Before they are codes, too: what is computed is what they will be."""
+    model, x = model_of(rank), tokens()
+    with torch.no_grad():
+        cache_dense(model)
+        exact = model(x)
+        for layer in model:
+            for factor in layer.factors().values():
+                factor.round_to(bits)
+        rounded = model(x)
+        for layer in model:
+            for factor in layer.factors().values():
+                factor.quantise()
+        codes = model(x)
+        cache_dense(model, 0)
+        torch.testing.assert_close(codes, model(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(rounded, codes)
+    assert not torch.equal(exact, codes)
+
+
 def tokens(count: int = MIN_TOKENS) -> torch.Tensor:
     return torch.randn(2, count // 2, WIDTH, generator=torch.Generator().manual_seed(0))
 

@@ -110,7 +110,9 @@ def test_codes_survive_saving_casting_copying(encoding: Encoding, bits: int) -> 
     expected = factor.slice(factor.rounded_values().detach()).to_dense()
     factor.quantise()
     assert factor.bits == bits
-    assert not factor.values.requires_grad
+    assert not list(factor.parameters())
+    with pytest.raises(InvalidArgument, match="only values can be rounded"):
+        factor.round_to(bits)
     assert torch.equal(factor.to_dense(), expected)
     stored = {"values", "col_ptr", "row_idx", "scales"} | ({"mask"} if encoding == "bitmap" else set())
     assert set(factor.state_dict()) == stored
@@ -139,8 +141,18 @@ def test_damaged_codes_are_refused() -> None:
     factor.quantise()
     state = factor.state_dict()
     state["scales"] = torch.full_like(state["scales"], torch.inf)
-    with pytest.raises(InvalidArgument, match="scales: hold NaN or Inf"):
+    with pytest.raises(InvalidArgument, match="scales: hold NaN, Inf or negative"):
         copy.deepcopy(factor).load_state_dict(state)
+
+
+def test_misuse_says_what_to_do() -> None:
+    _, factor = sparse()
+    with pytest.raises(InvalidArgument, match=r"call round_to\(bits\) first"):
+        factor.quantise()
+    with pytest.raises(InvalidArgument, match="codes of 8 or 4 bits"):
+        factor.round_to(3)
+    with pytest.raises(InvalidArgument, match="codes of 8 or 4 bits"):
+        factor.slice(factor.values.detach()).quantised(2)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -167,3 +179,4 @@ def test_training_passes_through_the_rounding(encoding: Encoding) -> None:
     assert torch.equal(factor.values, before)
     rounded = torch.ops.fips.block_sparse_mm(x, factor.tensors(), factor.rows, factor.cols, False, None)
     torch.testing.assert_close(rounded, codes)
+    torch.testing.assert_close(x @ factor.to_dense(), codes)

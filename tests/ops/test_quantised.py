@@ -136,6 +136,20 @@ def test_mlp_matches_the_oracle_on_every_isa(isa, dtype, bits):
             assert relative_error(y, expected) < CHAIN_TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slices_of_one_mlp_may_differ(isa, dtype):
+    """Codes of 8 and of 4 bits and values side by side, on every path."""
+    mlp = random_mlp(True, True, True, True, "bitmap", dtype)
+    exact = {n: v.double() if isinstance(v, Tensor) else v for n, v in mlp.items()}
+    for name, bits in (("up", 8), ("gate", None), ("down", 4)):
+        mlp[name] = mlp[name] if bits is None else mlp[name].quantised(bits)
+        exact[name] = in_double(mlp[name], dtype)
+    for tokens in (1, 12, 50, 300):
+        x = torch.randn(tokens, 24).to(dtype)
+        expected = reference.shared_mlp(x.double(), **exact)
+        assert relative_error(functional.shared_mlp(x, **mlp), expected) < CHAIN_TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_gradients_pass_codes_by(bits, encoding):
@@ -172,6 +186,11 @@ def test_opcheck(bits, encoding):
     torch.library.opcheck(torch.ops.fips.block_sparse_mm.default, arguments)
 
 
+def test_autocast_of_no_slice_says_so():
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="a slice is 6 tensors"):
+        torch.ops.fips.block_sparse_mm(torch.randn(3, 4), [], 4, 5, False, None)
+
+
 def test_autocast_leaves_scales_alone():
     v = random_slice(40, 50, (16, 16), "bitmap", torch.float32).quantised(8)
     x = torch.randn(6, 40)
@@ -203,7 +222,8 @@ def test_refusals_say_what_is_wrong():
     for scales_, message in (
         (None, "are codes; pass their scales"),
         (scales.float(), "scales: expected float16"),
-        (torch.full_like(scales, torch.nan), "scales: hold NaN or Inf"),
+        (torch.full_like(scales, torch.nan), "scales: hold NaN, Inf or negative"),
+        (-scales, "scales: hold NaN, Inf or negative"),
     ):
         with pytest.raises(InvalidArgument, match=message):
             BlockSparse.from_index(*parts, v.values, v.col_ptr, v.row_idx, v.mask, scales_)

@@ -42,6 +42,30 @@ def test_only_causal_models_predict(name: str) -> None:
     assert predicts_next_token(build(name)[0]) == (name in ("llama", "qwen2", "gemma2", "mistral"))
 
 
+def test_ids_of_32_bits() -> None:
+    model, x = build("llama")
+    expected = next_token_loss(model, [x], CPU, torch.float32)
+    assert next_token_loss(model, [x.int()], CPU, torch.float32) == expected
+
+
+def test_without_logits_for_each_id_there_is_none() -> None:
+    model, x = build("llama")
+    embedded = {"inputs_embeds": model.get_input_embeddings()(x)}
+    assert next_token_loss(model, [embedded], CPU, torch.float32) is None
+    vit, pixels = build("vit")
+    assert next_token_loss(vit, [pixels], CPU, torch.float32) is None
+
+
+def test_in_eval_mode_and_back() -> None:
+    model, x = build("llama")
+    expected = next_token_loss(model, [x], CPU, torch.float32)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    assert next_token_loss(model, [x], CPU, torch.float32) == expected
+    assert all(module.training for module in model.modules())
+
+
 def test_nan_is_an_error() -> None:
     model, x = build("llama")
     with torch.no_grad():

@@ -19,8 +19,7 @@ FIPS_INLINE __mmask64 first_bytes(int64_t count) {
 }
 #endif
 
-// Two codes of four bits a byte, the low one first, as a byte each; `out` holds `count` rounded up
-// to 64.
+// `count` codes of four bits, two to a byte and the low one first, as a byte each.
 FIPS_INLINE void unpack_int4(const uint8_t* in, int64_t count, int8_t* out) {
   int64_t i = 0;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)

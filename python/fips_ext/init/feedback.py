@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..layout import to_blocks
 from ..quantise import Bits, choose_scales, decode, encode
-from .linalg import one_thread
+from .linalg import one_thread, symmetric_eigen
 from .problem import SliceProblem
 from .refit import with_identity
 
@@ -70,7 +70,10 @@ def _inverse_root(problem: SliceProblem, full: Tensor) -> Tensor:
     damping = _DAMPING * mean if mean > 0 else torch.ones_like(mean)
     hessian.diagonal().add_(damping)
     with one_thread():
-        values, vectors = torch.linalg.eigh(hessian)
-        # Eigenvalues that rounding left below the damping would be amplified.
-        inverse = (vectors / values.clamp_min(damping)) @ vectors.t()
+        root, failed = torch.linalg.cholesky_ex(hessian)
+        if int(failed) == 0:
+            inverse = torch.cholesky_inverse(root)
+        else:  # eigenvalues that rounding left below the damping
+            values, vectors = symmetric_eigen(hessian)
+            inverse = (vectors / values.clamp_min(damping)) @ vectors.t()
         return torch.linalg.cholesky(inverse, upper=True)

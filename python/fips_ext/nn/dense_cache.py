@@ -142,7 +142,9 @@ def _activate(name: str, x: Tensor) -> Tensor:
 
 def _sources(mlp: SharedMLP) -> list[Tensor]:
     bases = [mlp.base.weight] + ([] if mlp.base_out is None else [mlp.base_out.weight])
-    return bases + [factor.values for factor in mlp.factors().values()]
+    factors = mlp.factors().values()
+    rounding = [factor.rounding.scales for factor in factors if factor.rounding is not None]
+    return bases + [factor.values for factor in factors] + rounding
 
 
 def _fingerprint(t: Tensor) -> tuple:

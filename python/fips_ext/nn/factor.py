@@ -36,15 +36,18 @@ class SparseFactor(nn.Module):
     What a checkpoint needs (``values, col_ptr, row_idx, mask, scales``) is in the ``state_dict``; the
     transposed index and the value offsets are derived again after loading.
 
-    Codes are a parameter without a gradient: values are trained, after :meth:`round_to` through the rounding
-    with the gradient of the identity, and become codes by :meth:`quantise`.
+    Codes are a buffer: values are trained, after :meth:`round_to` through the rounding with the gradient of
+    the identity, and become codes by :meth:`quantise`.
     """
 
     def __init__(self, slice_: BlockSparse) -> None:
         super().__init__()
         self.rows, self.cols, self.block = slice_.rows, slice_.cols, slice_.block
         self.rounding: Rounding | None = None
-        self.values = nn.Parameter(slice_.values, requires_grad=slice_.bits is None)
+        if slice_.bits is None:
+            self.values = nn.Parameter(slice_.values)
+        else:
+            self.register_buffer("values", slice_.values)
         self.register_buffer("col_ptr", slice_.col_ptr)
         self.register_buffer("row_idx", slice_.row_idx)
         self.register_buffer("mask", slice_.mask)
@@ -122,6 +125,11 @@ class SparseFactor(nn.Module):
             scales: float16 ``[nnzb, bn]``; default those of least error for the present values. They stay
                 as they are, however the values are trained.
         """
+        if bits not in CODE_DTYPES or self.bits is not None:
+            raise InvalidArgument(
+                f"bits: got {bits!r} for a slice of {self.bits or 'no'} bits; only values can be rounded, to "
+                f"codes of {' or '.join(map(str, CODE_DTYPES))} bits"
+            )
         if scales is None:
             scales = choose_scales(self.slice(self.values.detach()).tiles(), bits)
         self.rounding = Rounding(bits, scales)
@@ -135,14 +143,18 @@ class SparseFactor(nn.Module):
 
     def quantise(self) -> FloatValues:
         """Replace the values by codes, as :meth:`round_to` said; returns what :meth:`restore` takes."""
+        if self.rounding is None:
+            raise InvalidArgument("quantise: the slice has no scales yet; call round_to(bits) first")
         before = FloatValues(self.values, self.block_ptr, self.rounding)
         codes = self.slice(self.values.detach()).quantised(*self.rounding)
-        self.values = nn.Parameter(codes.values, requires_grad=False)
+        del self.values
+        self.register_buffer("values", codes.values)
         self.block_ptr, self.scales, self.rounding = codes.block_ptr, codes.scales, None
         return before
 
     def restore(self, before: FloatValues) -> None:
         """Undo :meth:`quantise`."""
+        del self.values
         self.values, self.block_ptr, self.rounding = before
         self.scales = None
 
@@ -162,7 +174,10 @@ class SparseFactor(nn.Module):
         A module's attribute look-up costs as much as a small kernel; decoding passes here per token.
         """
         b = self._buffers
-        values = self._parameters["values"] if self.rounding is None else self.rounded_values()
+        if b["scales"] is not None:
+            values = b["values"]
+        else:
+            values = self._parameters["values"] if self.rounding is None else self.rounded_values()
         found = [values, b["col_ptr"], b["row_idx"], b["row_ptr"], b["col_idx"], b["block_id"]]
         if b["mask"] is not None:
             found += [b["mask"], b["block_ptr"]]
@@ -190,7 +205,7 @@ class SparseFactor(nn.Module):
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Dense ``[r, n]``; ``dtype``: of what codes stand for, default float32."""
-        return self.slice().to_dense(dtype)
+        return self.slice(self.rounded_values()).to_dense(dtype)
 
     def extra_repr(self) -> str:
         full = self.slice()

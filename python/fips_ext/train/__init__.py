@@ -1,6 +1,6 @@
 """Block-wise training against the dense model's activations."""
 
-from .activations import ActivationStore, collect, held_out_rows
+from .activations import ActivationStore, collect, held_out_rows, product_dtype
 from .calibration import Calibration, calibrate
 from .distill import batches_for, distill
 from .divergence import Divergence
@@ -26,6 +26,7 @@ __all__ = [
     "next_token_loss",
     "observe",
     "predicts_next_token",
+    "product_dtype",
     "train_group",
     "weight_problems",
 ]

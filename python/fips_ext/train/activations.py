@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,7 @@ def collect(
         mlp.entry.register_forward_pre_hook(hook_of(i, mlp.name), with_kwargs=True)
         for i, mlp in enumerate(mlps)
     ]
-    modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
     try:
         for parameter in trained:
             parameter.requires_grad_(False)  # gradients of activations are wanted, none of weights
@@ -136,10 +135,10 @@ def collect(
             args, kwargs = model_arguments(batch, device)
             attention = token_mask(kwargs)
             if store.found < metered:
-                with torch.enable_grad(), meter.attached():
+                with torch.enable_grad(), evaluating(model), meter.attached():
                     meter.backward(model(*args, **kwargs), attention)
             else:
-                with torch.no_grad():
+                with torch.no_grad(), evaluating(model):
                     model(*args, **kwargs)
             if progress is not None:
                 progress(store.found, store.tokens)
@@ -148,14 +147,29 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
         for parameter in trained:
             parameter.requires_grad_(True)
     raise InvalidArgument(
         f"data: {store.found} tokens found, {store.tokens} needed; give more calibration data or lower "
         "calibration_tokens"
     )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it, every module is in eval mode: no dropout, no statistics of batches."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def product_dtype(weight: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
+    """Of the matrix products of a whole model: that of its weights, unless they are float32."""
+    return compute_dtype if weight.dtype == torch.float32 else weight.dtype
 
 
 def model_arguments(batch: Any, device: torch.device) -> tuple[tuple, dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InvalidArgument
 from ..init import SliceProblem
@@ -29,7 +29,7 @@ class Calibration:
         tokens: rows of each MLP.
         compute_dtype: of matrix products.
         batches: the model inputs, if they were kept.
-        probes: model inputs of held-out rows, on which whole models are compared.
+        probes: model inputs of held-out rows, on which whole models are compared: at least one sequence.
     """
 
     def __init__(
@@ -158,9 +158,9 @@ def calibrate(
 
 
 class _Tail:
-    """The batches whose first row is one of ``rows``; where there is none, the last one before their end.
+    """The batches whose first row is one of ``rows``; where there is none, the last eighth of the last batch.
 
-    A batch with rows on both sides is not held out.
+    A batch with rows on both sides is not held out; its last sequences are.
     """
 
     def __init__(self, rows: range) -> None:
@@ -172,7 +172,20 @@ class _Tail:
         if self._first_row < self._rows.start:
             self.batches.clear()
         self._first_row = first_row
-        self.batches.append(batch)
+        self.batches.append(batch if first_row >= self._rows.start else _last_eighth(batch))
+
+
+def _last_eighth(batch: Any) -> Any:
+    """The last sequences of a batch, at least one."""
+    if isinstance(batch, Tensor):
+        return batch[batch.shape[0] * 7 // 8 :]
+    size = max((t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.dim()), default=0)
+
+    def cut(value: Any) -> Any:
+        along = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
+        return _last_eighth(value) if along else value
+
+    return {key: cut(value) for key, value in batch.items()}
 
 
 def _kept(data: Iterable[Any], batches: list[Any], limit: int, see: Callable[[Any], None]) -> Iterator[Any]:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import NumericalError
 from ..surgery import DenseMLP
-from .activations import model_arguments, token_mask
+from .activations import evaluating, model_arguments, product_dtype, token_mask
 from .sensitivity import output_features
 
 _CHUNK = 256  # rows of logits in float32 at a time
 
 
 class Divergence:
-    """Runs batches through the dense and the compressed model.
+    """Runs batches through the dense and the compressed model, both in eval mode.
 
     What is compared are logits, by ``KL(dense ‖ compressed)`` in nats per prediction, or features, by half
     their relative squared error.
@@ -34,7 +34,7 @@ class Divergence:
     def __init__(self, model: nn.Module, dense: list[DenseMLP], compute_dtype: torch.dtype) -> None:
         weight = dense[0].up.weight
         self._model, self._dense, self._device = model, dense, weight.device
-        self._dtype = compute_dtype if weight.dtype == torch.float32 else weight.dtype
+        self._dtype = product_dtype(weight, compute_dtype)
 
     @torch.no_grad()
     def mean(self, batches: list[Any]) -> float:
@@ -55,10 +55,11 @@ class Divergence:
 
     def _of(self, batch: Any, backward: bool = False) -> float:
         args, kwargs = model_arguments(batch, self._device)
-        with torch.no_grad(), _originals(self._dense):
-            expected, is_logits = _result(self._model(*args, **kwargs))
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            found, _ = _result(self._model(*args, **kwargs))
+        with evaluating(self._model):
+            with torch.no_grad(), _originals(self._dense):
+                expected, is_logits = _result(self._model(*args, **kwargs))
+            with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+                found, _ = _result(self._model(*args, **kwargs))
         tokens = token_mask(kwargs)
         if tokens is None or tokens.shape != found.shape[:-1]:
             tokens = torch.ones(found.shape[:-1], dtype=torch.bool)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import NumericalError
-from .activations import model_arguments, token_mask
+from .activations import evaluating, model_arguments, token_mask
 
 _CHUNK = 256  # rows of logits in float32 at a time
 _IGNORED = -100
@@ -30,12 +30,17 @@ def predicts_next_token(model: nn.Module) -> bool:
 @torch.no_grad()
 def next_token_loss(
     model: nn.Module, batches: list[Any], device: torch.device, compute_dtype: torch.dtype
-) -> float:
+) -> float | None:
     """Mean negative log-likelihood, in nats, of every token of ``batches`` but the first of each sequence.
+
+    In eval mode.
 
     Args:
         batches: ids ``[B, T]``, or dicts with ``input_ids`` and maybe ``attention_mask``.
         compute_dtype: of matrix products.
+
+    Returns:
+        None where the model is not given ids, or does not give logits for each of them.
 
     Raises:
         NumericalError: it is NaN or Inf.
@@ -43,12 +48,17 @@ def next_token_loss(
     total, count = 0.0, 0
     for batch in batches:
         args, kwargs = model_arguments(batch, device)
-        with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
-            rows = model(*args, **kwargs).logits[:, :-1].flatten(0, 1)
-        labels = _labels(args[0] if args else kwargs["input_ids"], token_mask(kwargs))
-        for logits, wanted in zip(rows.split(_CHUNK), labels.split(_CHUNK), strict=True):
-            loss = F.cross_entropy(logits.float(), wanted, reduction="sum", ignore_index=_IGNORED)
-            total += float(loss)
+        with (
+            evaluating(model),
+            torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32),
+        ):
+            logits = getattr(model(*args, **kwargs), "logits", None)
+        ids = args[0] if args else kwargs.get("input_ids")
+        if logits is None or ids is None or logits.shape[:-1] != ids.shape:
+            return None
+        labels = _labels(ids, token_mask(kwargs)).flatten()
+        for rows, wanted in zip(logits.flatten(0, 1).split(_CHUNK), labels.split(_CHUNK), strict=True):
+            total += float(F.cross_entropy(rows.float(), wanted, reduction="sum", ignore_index=_IGNORED))
         count += int((labels != _IGNORED).sum())
     if not math.isfinite(total):
         raise NumericalError(
@@ -58,8 +68,9 @@ def next_token_loss(
 
 
 def _labels(ids: Tensor, tokens: Tensor | None) -> Tensor:
-    """The next token of every position but the last, ``[B (T − 1)]``; padding is ignored."""
-    labels = ids[:, 1:]
+    """The next token of every position, int64 ``[B, T]``; padding and the end are ignored."""
+    labels = torch.full_like(ids, _IGNORED, dtype=torch.int64)
+    labels[:, :-1] = ids[:, 1:]
     if tokens is not None:
-        labels = labels.masked_fill(~tokens[:, 1:], _IGNORED)
-    return labels.flatten()
+        labels[:, :-1].masked_fill_(~tokens[:, 1:], _IGNORED)
+    return labels
