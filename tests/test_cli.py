@@ -131,6 +131,8 @@ def test_runs_as_a_module():
         ["compress", "x", "--out", "y", "--ratio", "half"],
         ["compress", "x", "--out", "y", "--ratio", "0.5", "--pattern", "block:7x7"],
         ["compress", "x", "--out", "y", "--ratio", "0.5", "--base", "none"],
+        ["compress", "x", "--out", "y", "--ratio", "0.5", "--bits", "3"],
+        ["compress", "x", "--out", "y", "--ratio", "0.5", "--budget", "macs"],  # of a bitmap
         ["compress", "x", "--out", "y", "--ratio", "0.5", "--dtype", "int8"],
         ["compress", "x", "--out", "y", "--ratio", "0.5", "--group-size", "0"],
         ["compress", "x", "--out", "y", "--ratio", "0.5", "--steps", "-1"],
@@ -177,6 +179,14 @@ def test_compress_writes_a_checkpoint(dense, text, tmp_path, compressions):
     assert sum(batch.numel() for batch in data) == 2048
     assert checkpoint.info(out)["recipe"] == recipe.to_dict()
     assert load_model(out)[1]("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
+
+
+def test_compress_to_codes_and_in_multiply_adds(dense, text, tmp_path, compressions):
+    arguments = ["compress", dense, "--ratio", 0.5, "--calib", text]
+    run(*arguments, "--out", tmp_path / "codes", "--bits", 4)
+    run(*arguments, "--out", tmp_path / "macs", "--budget", "macs", "--pattern", "block:16x16")
+    assert compressions[0][0] == Recipe(ratio=0.5, bits=4)
+    assert compressions[1][0] == Recipe(ratio=0.5, budget="macs", pattern="block:16x16")
 
 
 def test_compress_defaults_are_those_of_the_recipe(dense, text, tmp_path, compressions):
