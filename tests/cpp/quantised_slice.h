@@ -68,7 +68,7 @@ class QuantisedSlice {
           codes_.push_back(static_cast<uint8_t>(code(i)));
         } else {
           const int32_t high = i + 1 < first(b + 1) ? code(i + 1) : 0;
-          codes_.push_back(static_cast<uint8_t>((code(i) & 15) | (high << 4)));
+          codes_.push_back(static_cast<uint8_t>((code(i) & 15) | (high & 15) << 4));
         }
       }
       const size_t held = codes_.size() * (storage_ == Storage::kInt4 ? 2 : 1);
