@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fips_ext import BlockSparse, functional, quantise, reference
+from fips_ext.budget import slice_bytes
 from fips_ext.errors import InvalidArgument, NumericalError
+from fips_ext.recipe import Pattern
 
 from .cases import DTYPES, ENCODINGS, isa, random_mlp, random_slice, relative_error
 from .test_shared_mlp import CHAIN_TOLERANCE, flat_arguments
@@ -56,7 +58,8 @@ def test_every_value_is_within_half_a_step(bits, encoding, rows, cols, block, si
     v = v.with_values(v.values * 10.0**size)
     codes = v.quantised(bits)
     assert codes.bits == bits
-    assert codes.nbytes() < v.nbytes() or v.values.numel() < 64
+    pattern, held = Pattern(encoding, block), codes.values.numel() * 8 // bits
+    assert codes.nbytes() == slice_bytes(rows, cols, pattern, v.num_blocks, held, 8, bits)
     if v.num_blocks == 0:
         assert not codes.to_dense().any()
         return
