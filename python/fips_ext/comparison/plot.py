@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from .results import STAGES, Results, Row, label, shown
 
 _MARKERS = "os^Dv<>P*X"
+_LOG_SPREAD = 3.0  # from here on a linear axis hides the small numbers
 _DASHES = {"bitmap": "-", "block": "--", "low rank": ":"}
 
 
@@ -50,15 +51,22 @@ def plot(results: Results, rows: list[Row], text: str, path: Path) -> None:
             if any(len(row.quality) > 1 for row in mine):
                 axis.plot(x, first, **{**style, "linestyle": "none"}, markerfacecolor="none", alpha=0.6)
         axis.set_xlabel(title)
-        axis.set_yscale("log")
+        if _spread(results, rows, text) > _LOG_SPREAD:
+            axis.set_yscale("log")
         axis.grid(True, which="both", alpha=0.25)
     axes[0][0].set_ylabel(label(dense, text))
     axes[0][0].legend(fontsize="small")
-    figure.suptitle(
-        f"{results.setting['model']}: full marks after the last stage, hollow after the closed form"
-    )
+    title = f"{results.setting['model']}\nfull marks after the last stage, hollow after the closed form"
+    figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _spread(results: Results, rows: list[Row], text: str) -> float:
+    """The largest number shown over the smallest."""
+    dense = results.dense[text]
+    values = [shown(stage[text], dense) for row in rows for stage in row.quality.values()]
+    return max(values) / min(values) if min(values, default=0) > 0 else 0.0
 
 
 def _latency(row: Row) -> float | None:
