@@ -33,7 +33,6 @@ from .train import (
     check_weights,
     distill,
     next_token_loss,
-    predicts_next_token,
     product_dtype,
     train_group,
     weight_problems,
@@ -130,7 +129,7 @@ class Compression:
         _check_rank(recipe, self._mlps)
         self._dense_bytes = _model_bytes(model)
         self._calibration: Calibration | None = None
-        self._dense_loss: float | None = None  # on the probes
+        self._dense_loss: float | None = None  # of a language model, on the probes
         self._divergence: tuple[float | None, float | None] = (None, None)
         self.meter = _Meter(progress, len(self.groups), recipe)
         if self.device.type == "cuda":
@@ -146,6 +145,8 @@ class Compression:
         if calibration is not None:
             calibration.check(self._mlps, recipe.needs_loss, recipe.distill_steps > 0)
         self._calibration = calibration
+        if calibration is not None and len(recipe.bases) > 1:
+            self._dense_loss = self._token_loss()
         if recipe.effective_ranking == "model":
             plans = [group.plan for group in self.groups]
             curves = [
@@ -258,18 +259,20 @@ class Compression:
         on the tokens of the text, any other how far it diverges from the dense one.
         """
         calibration = self._calibration
-        probes = calibration.probes
-        dtype = product_dtype(group.mlps[0].up.weight, calibration.compute_dtype)
         with contextlib.ExitStack() as stack:
             for mlp in self._mlps:
                 stack.enter_context(mlp.original())
-            if self._dense_loss is None and predicts_next_token(self.model):
-                self._dense_loss = next_token_loss(self.model, probes, self.device, dtype)
             for dense, mlp in zip(group.mlps, shared, strict=True):
                 stack.enter_context(dense.trial(mlp))
             if self._dense_loss is not None:
-                return next_token_loss(self.model, probes, self.device, dtype) - self._dense_loss
-            return Divergence(self.model, group.mlps, dtype).mean(probes)
+                return self._token_loss() - self._dense_loss
+            return Divergence(self.model, group.mlps, calibration.compute_dtype).mean(calibration.probes)
+
+    def _token_loss(self) -> float | None:
+        """Of the model as it is, on held-out batches; None where it is no language model."""
+        calibration = self._calibration
+        dtype = product_dtype(self._mlps[0].up.weight, calibration.compute_dtype)
+        return next_token_loss(self.model, calibration.probes, self.device, dtype)
 
     def _layer_data(self, group: Group) -> list[LayerData]:
         return [self._calibration.layer_data(group.first + i) for i in range(len(group.mlps))]

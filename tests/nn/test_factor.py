@@ -32,6 +32,7 @@ def empty_like(factor: SparseFactor) -> SparseFactor:
         layout.encoding,
         layout.num_blocks,
         layout.values.numel(),
+        bits=layout.bits,
     )
 
 
@@ -116,16 +117,7 @@ def test_codes_survive_saving_casting_copying(encoding: Encoding, bits: int) -> 
     assert torch.equal(factor.to_dense(), expected)
     stored = {"values", "col_ptr", "row_idx", "scales"} | ({"mask"} if encoding == "bitmap" else set())
     assert set(factor.state_dict()) == stored
-    layout = factor.slice()
-    loaded = SparseFactor.empty(
-        layout.rows,
-        layout.cols,
-        layout.block,
-        layout.encoding,
-        layout.num_blocks,
-        layout.values.numel(),
-        bits=bits,
-    )
+    loaded = empty_like(factor)
     loaded.load_state_dict(factor.state_dict())
     for other in (loaded, copy.deepcopy(factor), pickle.loads(pickle.dumps(factor))):
         for cast in (torch.float64, torch.bfloat16):

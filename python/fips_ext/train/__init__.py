@@ -7,7 +7,7 @@ from .divergence import Divergence
 from .loop import LayerData, train_group
 from .sensitivity import Sensitivity, SensitivityMeter
 from .teacher import Observation, check_weights, observe, weight_problems
-from .token_loss import next_token_loss, predicts_next_token
+from .token_loss import next_token_loss
 
 __all__ = [
     "ActivationStore",
@@ -25,7 +25,6 @@ __all__ = [
     "held_out_rows",
     "next_token_loss",
     "observe",
-    "predicts_next_token",
     "product_dtype",
     "train_group",
     "weight_problems",

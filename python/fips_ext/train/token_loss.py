@@ -20,7 +20,7 @@ _CHUNK = 256  # rows of logits in float32 at a time
 _IGNORED = -100
 
 
-def predicts_next_token(model: nn.Module) -> bool:
+def _predicts_next_token(model: nn.Module) -> bool:
     """Whether the logits of ``model`` are those of the next token, as transformers' models tell."""
     can_generate = getattr(model, "can_generate", None)
     config = getattr(model, "config", None)
@@ -40,11 +40,13 @@ def next_token_loss(
         compute_dtype: of matrix products.
 
     Returns:
-        None where the model is not given ids, or does not give logits for each of them.
+        None where the model predicts no next token, is not given ids, or gives no logits for each of them.
 
     Raises:
         NumericalError: it is NaN or Inf.
     """
+    if not _predicts_next_token(model):
+        return None
     total, count = 0.0, 0
     for batch in batches:
         args, kwargs = model_arguments(batch, device)
