@@ -52,8 +52,10 @@ struct BlockSparseView {
   FIPS_HOST_DEVICE bool is_quantised() const { return storage != Storage::kPlain; }
 };
 
+constexpr int64_t kMaxEdge = 128;
+
 inline bool is_allowed_block_edge(int64_t edge) {
-  return edge == 16 || edge == 32 || edge == 64 || edge == 128;
+  return edge == 16 || edge == 32 || edge == 64 || edge == kMaxEdge;
 }
 
 // Throws unless block edges and lengths are as the layout asks; looks at no index.

@@ -8,8 +8,6 @@
 namespace fips::cpu {
 namespace {
 
-constexpr int64_t kMaxEdge = 128;
-
 FIPS_INLINE uint32_t bits_at(const uint8_t* mask, int64_t slot) {
   uint16_t bits;
   memcpy(&bits, mask + slot / 8, 2);

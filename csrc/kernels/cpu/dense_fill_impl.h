@@ -77,7 +77,7 @@ void fill_columns(const BlockSparseView& v, E* out, int64_t begin, int64_t end) 
 
 template <class T>
 void fill_dequantised(const BlockSparseView& v, T* out, int64_t begin, int64_t end) {
-  alignas(64) T block[kMaxSlots];
+  alignas(64) T block[kMaxEdge * kMaxEdge];
   for (int64_t edge = begin; edge < end; ++edge) {
     const int64_t column = edge * v.bn, cols = min_of(v.bn, v.cols - column);
     memset(out + column * v.rows, 0, static_cast<size_t>(cols * v.rows) * sizeof(T));

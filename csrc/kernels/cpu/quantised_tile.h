@@ -11,8 +11,6 @@
 namespace fips::cpu {
 namespace {
 
-constexpr int64_t kMaxSlots = 128 * 128;
-
 #if defined(__AVX512VBMI2__)
 FIPS_INLINE __mmask64 first_bytes(int64_t count) {
   return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
@@ -62,13 +60,13 @@ FIPS_INLINE void expand_codes(const uint8_t* mask, const int8_t* packed, int64_t
   }
 }
 
-// The codes of stored block `b`, one byte per slot, in `scratch` (kMaxSlots) unless they are stored
-// so.
+// The codes of stored block `b`, one byte per slot, in `scratch` (of the largest block) unless they
+// are stored so.
 FIPS_INLINE const int8_t* block_codes(const BlockSparseView& v, int64_t b, int8_t* scratch) {
   const int64_t first = v.is_bitmap() ? v.block_ptr[b] : b * v.slots();
   const int64_t left = v.is_bitmap() ? min_of(v.slots(), v.num_values - first) : v.slots();
   const int8_t* codes = static_cast<const int8_t*>(v.values) + first;
-  int8_t unpacked[kMaxSlots];
+  int8_t unpacked[kMaxEdge * kMaxEdge];
   if (v.storage == Storage::kInt4) {
     int8_t* target = v.is_bitmap() ? unpacked : scratch;
     unpack_int4(static_cast<const uint8_t*>(v.values) + first / 2, left, target);
@@ -115,7 +113,7 @@ FIPS_INLINE void scale_codes(const int8_t* codes, float scale, int64_t count, T*
 // Stored block `b` as [bn, bk] elements.
 template <class T>
 FIPS_INLINE void dequantise_block(const BlockSparseView& v, int64_t b, T* out) {
-  alignas(64) int8_t scratch[kMaxSlots];
+  alignas(64) int8_t scratch[kMaxEdge * kMaxEdge];
   const int8_t* codes = block_codes(v, b, scratch);
   for (int64_t j = 0; j < v.bn; ++j) {
     scale_codes(codes + j * v.bk, to_accumulator(v.scales[b * v.bn + j]), v.bk, out + j * v.bk);
