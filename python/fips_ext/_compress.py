@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import resource
 import sys
 import time
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import budget
 from ._structure import describe
@@ -32,7 +33,7 @@ from .train import (
     calibrate,
     check_weights,
     distill,
-    next_token_loss,
+    next_token_losses,
     product_dtype,
     train_group,
     weight_problems,
@@ -40,8 +41,9 @@ from .train import (
 
 Progress = Callable[[int, int], None]
 # A base with values of its own fits its calibration data more closely than held-out tokens of the same source
-# tell: to be taken it must cost less than the plain identity by this share.
+# tell: to be taken it must cost less than the plain identity by this share, beyond what chance may have done.
 _BASE_MARGIN = 0.05
+_STANDARD_ERRORS = 2
 _DISTILL_WORK = 2  # steps of every group that one of the whole model takes as long as
 
 
@@ -129,7 +131,7 @@ class Compression:
         _check_rank(recipe, self._mlps)
         self._dense_bytes = _model_bytes(model)
         self._calibration: Calibration | None = None
-        self._dense_loss: float | None = None  # of a language model, on the probes
+        self._dense_losses: Tensor | None = None  # of a language model, on the probes
         self._divergence: tuple[float | None, float | None] = (None, None)
         self.meter = _Meter(progress, len(self.groups), recipe)
         if self.device.type == "cuda":
@@ -146,7 +148,7 @@ class Compression:
             calibration.check(self._mlps, recipe.needs_loss, recipe.distill_steps > 0)
         self._calibration = calibration
         if calibration is not None and len(recipe.bases) > 1:
-            self._dense_loss = self._token_loss()
+            self._dense_losses = self._token_losses()
         if recipe.effective_ranking == "model":
             plans = [group.plan for group in self.groups]
             curves = [
@@ -159,25 +161,24 @@ class Compression:
     def initialise(self, group: Group) -> None:
         """The closed form, float32, not yet in the model; settles ``group.plan``.
 
-        Of the bases that the recipe allows, at the same bytes, the one that costs the model's predictions
-        less, see :meth:`_cost_alone`, by a margin.
+        Of the bases that the recipe allows, at the same bytes, the one that clearly costs the model's
+        predictions less, see :meth:`_costs_alone`; where none does, the plain identity.
         """
         start = time.perf_counter()
         problems, device = self._problems(group), group.mlps[0].up.weight.device
-        lowest = None
-        for plan in (plans := [group.plan, *self._other_plans(group)]):
+        least = None
+        plans = sorted([group.plan, *self._other_plans(group)], key=lambda plan: plan.bases)
+        for plan in plans:
             factors = factorise(problems, plan, self.recipe)
             shared = [mlp.to(device) for mlp in build(group.mlps, factors, plan)]
             if len(plans) == 1:
-                cost = 0.0
+                costs = torch.zeros(1)
             elif self._calibration is None:
-                cost = factors.error
+                costs = torch.tensor([factors.error])
             else:
-                cost = self._cost_alone(group, shared)
-            if plan.bases > 0:
-                cost += _BASE_MARGIN * abs(cost)
-            if lowest is None or cost < lowest:
-                lowest, group.plan, group.shared = cost, plan, shared
+                costs = self._costs_alone(group, shared)
+            if least is None or clearly_less(costs, least):
+                least, group.plan, group.shared = costs, plan, shared
         self.meter.advance()
         group.seconds += time.perf_counter() - start
 
@@ -251,8 +252,8 @@ class Compression:
     def _shared(self) -> list[SharedMLP]:
         return [mlp for group in self.groups for mlp in group.shared]
 
-    def _cost_alone(self, group: Group, shared: list[SharedMLP]) -> float:
-        """What ``shared`` does to the predictions of the model, all other groups dense, on held-out batches.
+    def _costs_alone(self, group: Group, shared: list[SharedMLP]) -> Tensor:
+        """What ``shared`` does to every prediction of the model, all other groups dense, on held-out batches.
 
         Held out, because a base with values of its own fits what it has seen; the model, because errors over
         one base add up over its layers, which no layer shows alone. A language model is asked what it loses
@@ -264,15 +265,15 @@ class Compression:
                 stack.enter_context(mlp.original())
             for dense, mlp in zip(group.mlps, shared, strict=True):
                 stack.enter_context(dense.trial(mlp))
-            if self._dense_loss is not None:
-                return self._token_loss() - self._dense_loss
-            return Divergence(self.model, group.mlps, calibration.compute_dtype).mean(calibration.probes)
+            if self._dense_losses is not None:
+                return self._token_losses() - self._dense_losses
+            return Divergence(self.model, group.mlps, calibration.compute_dtype).each(calibration.probes)
 
-    def _token_loss(self) -> float | None:
+    def _token_losses(self) -> Tensor | None:
         """Of the model as it is, on held-out batches; None where it is no language model."""
         calibration = self._calibration
         dtype = product_dtype(self._mlps[0].up.weight, calibration.compute_dtype)
-        return next_token_loss(self.model, calibration.probes, self.device, dtype)
+        return next_token_losses(self.model, calibration.probes, self.device, dtype)
 
     def _layer_data(self, group: Group) -> list[LayerData]:
         return [self._calibration.layer_data(group.first + i) for i in range(len(group.mlps))]
@@ -440,6 +441,13 @@ class _Meter:
         self._done += work
         if self._progress is not None:
             self._progress(self._done, self._total)
+
+
+def clearly_less(costs: Tensor, least: Tensor) -> bool:
+    """Whether the mean of ``costs`` is below that of ``least``, of the same predictions, by a margin."""
+    saved = (least - costs).double()
+    chance = float(saved.std()) / math.sqrt(saved.numel()) if saved.numel() > 1 else 0.0
+    return float(saved.mean()) - _STANDARD_ERRORS * chance > _BASE_MARGIN * abs(float(least.double().mean()))
 
 
 def _base_name(mlp: SharedMLP) -> str:

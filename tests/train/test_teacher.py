@@ -59,7 +59,8 @@ def test_errors_predict_those_of_the_output(name: str, role: str) -> None:
     hidden = act(linears["gate"](x.double())) * linears["up"](x.double()) if mlp.gate else None
     inputs = x.double() if role != "down" else (act(linears["up"](x.double())) if hidden is None else hidden)
     oriented = problem.weight.double() if role != "down" else problem.weight.double().t()
-    weight = seen.weights.double().unsqueeze(1)
+    # Ordinary inputs count alike; hidden activations count by the weights of their tokens.
+    weight = seen.weights.double().unsqueeze(1) if role == "down" else torch.ones(len(x), 1)
     whole = (weight * (inputs @ oriented).square()).sum()
     for row, column in ((0, 0), (3, 17), (20, 40)):
         step = torch.zeros_like(problem.weight)
@@ -93,6 +94,24 @@ def test_an_outlier_counts_like_ten_ordinary_tokens() -> None:
     assert seen.power < 1.2 * calm.power
     ratio = seen.problems["down"].columns / calm.problems["down"].columns
     assert 0.2 < float(ratio.min()) <= float(ratio.max()) < 5
+    # An input of another size is held down by its size.
+    metrics = [s.problems["up"].normalised().metric for s in (seen, calm)]
+    assert 0.5 < float(metrics[0].norm() / metrics[1].norm()) < 2
+
+
+def test_a_huge_output_of_an_ordinary_input_counts_among_the_inputs() -> None:
+    mlp = dense_mlp("llama")
+    x = torch.randn(200, mlp.width)
+    x[:, 0] = 0
+    x[7] = 0
+    x[7, 0] = mlp.width**0.5
+    with torch.no_grad():
+        for linear in (mlp.up, mlp.gate):
+            linear.weight[5, 0] = 1e3
+    seen = observe(mlp, x, torch.float32)
+    assert float(seen.weights[7]) < 1e-4
+    direction = seen.problems["up"].metric[0, 0] / seen.problems["up"].metric.diagonal().sum()
+    assert float(direction) == pytest.approx(1 / 200, rel=0.1)
 
 
 def test_held_out_rows_are_not_looked_at() -> None:

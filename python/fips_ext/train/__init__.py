@@ -7,7 +7,7 @@ from .divergence import Divergence
 from .loop import LayerData, train_group
 from .sensitivity import Sensitivity, SensitivityMeter
 from .teacher import Observation, check_weights, observe, weight_problems
-from .token_loss import next_token_loss
+from .token_loss import next_token_losses
 
 __all__ = [
     "ActivationStore",
@@ -23,7 +23,7 @@ __all__ = [
     "collect",
     "distill",
     "held_out_rows",
-    "next_token_loss",
+    "next_token_losses",
     "observe",
     "product_dtype",
     "train_group",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,23 +36,31 @@ class Divergence:
         self._dtype = product_dtype(weight, compute_dtype)
 
     @torch.no_grad()
+    def each(self, batches: list[Any]) -> Tensor:
+        """Of every prediction of ``batches`` that is no padding, float64.
+
+        Raises:
+            NumericalError: one is NaN or Inf.
+        """
+        return torch.cat([self._of(batch) for batch in batches])
+
     def mean(self, batches: list[Any]) -> float:
-        """Over batches that count alike.
+        """Over predictions, which count alike.
 
         Raises:
             NumericalError: it is NaN or Inf.
         """
-        return sum(self._of(batch) for batch in batches) / len(batches)
+        return _mean(self.each(batches))
 
     def backward(self, batch: Any) -> float:
-        """Of one batch; adds gradients of the sum over its predictions to the parameters.
+        """Mean of one batch; adds gradients of the sum over its predictions to the parameters.
 
         Raises:
             NumericalError: it is NaN or Inf.
         """
-        return self._of(batch, backward=True)
+        return _mean(self._of(batch, backward=True))
 
-    def _of(self, batch: Any, backward: bool = False) -> float:
+    def _of(self, batch: Any, backward: bool = False) -> Tensor:
         args, kwargs = model_arguments(batch, self._device)
         with evaluating(self._model):
             with torch.no_grad(), _originals(self._dense):
@@ -66,25 +73,30 @@ class Divergence:
         weight = tokens.flatten().to(self._device, torch.float32)
         rows, targets = found.reshape(-1, found.shape[-1]), expected.reshape(-1, expected.shape[-1])
         gradient = torch.empty_like(rows) if backward else None
-        total = 0.0
+        losses = []
         for start in range(0, rows.shape[0], _CHUNK):
             chunk = slice(start, start + _CHUNK)
             x, t = rows[chunk].detach().float(), targets[chunk].float()
             with torch.set_grad_enabled(backward):
                 x.requires_grad_(backward)
-                loss = weight[chunk] @ (_logit_divergence(x, t) if is_logits else _feature_divergence(x, t))
+                loss = _logit_divergence(x, t) if is_logits else _feature_divergence(x, t)
             if backward:
-                gradient[chunk] = torch.autograd.grad(loss, x)[0].to(gradient.dtype)
-            total += float(loss.detach())
-        if not math.isfinite(total):
+                gradient[chunk] = torch.autograd.grad(weight[chunk] @ loss, x)[0].to(gradient.dtype)
+            losses.append(loss.detach()[weight[chunk] > 0].double())
+        found_losses = torch.cat(losses)
+        if not bool(found_losses.isfinite().all()):
             raise NumericalError(
-                f"model: its divergence from the dense model is {total}; lower learning_rate, or check "
-                "the weights and the calibration data"
+                f"model: its divergence from the dense model is {_mean(found_losses)}; lower learning_rate, "
+                "or check the weights and the calibration data"
             )
         if backward:
             # Of the sum: AdamW does not see the scale, and half precision would lose that of the mean.
             rows.backward(gradient)
-        return total / max(1.0, float(weight.sum()))
+        return found_losses
+
+
+def _mean(losses: Tensor) -> float:
+    return float(losses.sum()) / max(1, losses.numel())
 
 
 def _logit_divergence(logits: Tensor, expected: Tensor) -> Tensor:

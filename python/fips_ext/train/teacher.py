@@ -17,15 +17,19 @@ _CHUNK = 2048
 _DAMPING = 1e-3
 
 OUTLIER = 10.0
-"""A token of more than this times the median ``‖y‖²`` counts as one of that power."""
+"""A token of more than this times the median ``‖y‖²`` (or ``‖x‖²``) counts as one of that power."""
 
 
 @dataclasses.dataclass
 class Observation:
-    """One dense MLP on the calibration tokens; means over the training rows, by :func:`token_weights`.
+    """One dense MLP on the calibration tokens; means over the training rows.
+
+    Outliers are held down by :func:`token_weights`: outputs and hidden activations by the size of the output,
+    inputs by their own. A token with a huge output has an ordinary input behind its norm, and what makes the
+    output huge is in the weights: not to count it would be to lose it.
 
     Attributes:
-        weights: what each token counts ``[tokens]``, float32, see :func:`token_weights`.
+        weights: what each token counts ``[tokens]``, float32, by its output.
         power: mean of ``‖y‖²``.
         metric: ``E[x xᵀ] [d, d]`` of its inputs, float32.
         energy: ``E[h_j²] [n]`` of its hidden activations, float32.
@@ -93,7 +97,7 @@ def observe(
     token_weight = torch.empty(inputs.shape[0])
     counted = inputs.shape[0] - held_out
     power = 0.0
-    limit = None
+    limit = input_limit = None
     finite = True
 
     def linear(role: str, x: Tensor) -> Tensor:
@@ -107,16 +111,17 @@ def observe(
         act = ACTIVATIONS[mlp.activation]
         h = act(pre["gate"]) * pre["up"] if "gate" in pre else act(pre["up"])
         y = linear("down", h)
-        powers = y.square().sum(1)
+        powers, input_powers = y.square().sum(1), x.float().square().sum(1)
         if limit is None:
-            limit = OUTLIER * powers.median()
+            limit, input_limit = OUTLIER * powers.median(), OUTLIER * input_powers.median()
         w = token_weights(powers, limit)
         targets[rows], token_weight[rows] = y.to(targets), w.to(token_weight)
         finite = finite and bool(powers.isfinite().all())
         # Zero weight keeps the held-out rows out of every sum.
-        w = w * (torch.arange(start, start + w.shape[0], device=device) < counted)
+        trained = torch.arange(start, start + w.shape[0], device=device) < counted
+        w = w * trained
         power += float((w * powers).double().sum())
-        weighted = x.float() * w.sqrt().unsqueeze(1)
+        weighted = x.float() * (trained * token_weights(input_powers, input_limit)).sqrt().unsqueeze(1)
         metric += (weighted.t() @ weighted).double()
         moment += (w @ h.square()).double()
 
@@ -136,7 +141,7 @@ def _damped(metric: Tensor) -> Tensor:
 
 
 def token_weights(powers: Tensor, limit: Tensor) -> Tensor:
-    """``min(1, limit / ‖y_t‖²)``: what a token counts.
+    """``min(1, limit / ‖y_t‖²)``: what a token counts, by the squared norms ``powers``.
 
     Language models hold a few tokens (often the first of a sequence) whose outputs are thousands of times
     larger than all others. Unweighted, they are the whole loss of their layer.

@@ -6,7 +6,6 @@ knowledge.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -28,10 +27,10 @@ def _predicts_next_token(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def next_token_loss(
+def next_token_losses(
     model: nn.Module, batches: list[Any], device: torch.device, compute_dtype: torch.dtype
-) -> float | None:
-    """Mean negative log-likelihood, in nats, of every token of ``batches`` but the first of each sequence.
+) -> Tensor | None:
+    """Negative log-likelihood, in nats, of every token of ``batches`` but the first of each sequence.
 
     In eval mode.
 
@@ -40,14 +39,15 @@ def next_token_loss(
         compute_dtype: of matrix products.
 
     Returns:
-        None where the model predicts no next token, is not given ids, or gives no logits for each of them.
+        float64 ``[tokens]``, padding left out; None where the model predicts no next token, is not given ids,
+        or gives no logits for each of them.
 
     Raises:
-        NumericalError: it is NaN or Inf.
+        NumericalError: one is NaN or Inf.
     """
     if not _predicts_next_token(model):
         return None
-    total, count = 0.0, 0
+    losses = [torch.zeros(0, dtype=torch.float64, device=device)]
     for batch in batches:
         args, kwargs = model_arguments(batch, device)
         with (
@@ -60,13 +60,14 @@ def next_token_loss(
             return None
         labels = _labels(ids, token_mask(kwargs)).flatten()
         for rows, wanted in zip(logits.flatten(0, 1).split(_CHUNK), labels.split(_CHUNK), strict=True):
-            total += float(F.cross_entropy(rows.float(), wanted, reduction="sum", ignore_index=_IGNORED))
-        count += int((labels != _IGNORED).sum())
-    if not math.isfinite(total):
+            scored = wanted != _IGNORED
+            losses.append(F.cross_entropy(rows[scored].float(), wanted[scored], reduction="none").double())
+    found = torch.cat(losses)
+    if not bool(found.isfinite().all()):
         raise NumericalError(
-            f"model: its loss on the calibration data is {total}; check the weights and the data"
+            "model: its loss on the calibration data holds NaN or Inf; check the weights and the data"
         )
-    return total / max(1, count)
+    return found
 
 
 def _labels(ids: Tensor, tokens: Tensor | None) -> Tensor:
