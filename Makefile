@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed-cuda-$(FIPS_WITH_CUDA)
 export CUDAARCHS ?= 80;90a-real
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python tests/cpp -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.txt' \))
 
-.PHONY: test demo setup lint cpp-test python-test asan-test cuda-audit format clean
+.PHONY: test demo setup lint cpp-test python-test oldest-test asan-test cuda-audit format clean
 
 test: setup lint cpp-test asan-test python-test
 
@@ -76,6 +76,12 @@ asan-test: $(VENV)/.tools | gtest
 
 python-test: $(INSTALLED) $(VENV)/.demo-data
 	FIPS_EMULATED_LIBRARY=$(CURDIR)/$(BUILD)/tests/cpp/fips_emulated.so $(BIN)/python -m pytest
+
+# What touches transformers, with the oldest one that pyproject.toml allows.
+oldest-test: $(INSTALLED)
+	rm -rf build/oldest
+	$(BIN)/pip install -q --target build/oldest transformers==5.0.0
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest tests/integrations tests/checkpoint tests/surgery -m "not slow"
 
 # Compiles the CUDA kernels for every architecture of a release and fails if one spills registers.
 RELEASE_CUDAARCHS := 80-real;86-real;89-real;90a-real;100;120-real

@@ -1,7 +1,7 @@
 """fips_ext: shared sparse factors for transformer MLPs, ``W_i ≈ U · V_i``, small and fast.
 
-Importing it registers ``torch.ops.fips.*``. The rest is loaded when first used, so that a codebase that only
-calls the ops does not pay for transformers.
+Importing it registers ``torch.ops.fips.*``, and with transformers the ``quant_method`` ``fips``. The rest is
+loaded when first used, so that a codebase that only calls the ops does not pay for transformers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from . import _library  # noqa: F401  registers torch.ops.fips
+from .integrations.registration import register as _register_with_transformers
 from .layout import BlockSparse
 from .recipe import Recipe
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from .checkpoint import from_pretrained, info, save_pretrained
     from .report import Report
     from .train import Calibration, calibrate
+
+_register_with_transformers()
 
 __version__ = "0.1.0"
 __all__ = [

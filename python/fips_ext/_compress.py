@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import budget
 from ._structure import describe
+from .checkpoint import attach
 from .errors import BudgetError, InvalidArgument
 from .init import Factors, ScoreCurve, SliceProblem, allocate, factorise, unit_scores
 from .layout import BlockSparse
@@ -106,6 +107,7 @@ def compress(
     finally:
         if owned is not None:
             owned.close()
+    attach(model)
     return run.report()
 
 

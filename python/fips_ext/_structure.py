@@ -17,13 +17,32 @@ from .nn import SharedBase, SharedMLP, SparseFactor
 from .surgery import AbsorbedLinear
 
 Json = dict[str, Any]
-SECTIONS = {
+FORMAT_VERSION = 2  # 2: slices may hold codes
+_SECTIONS = {
     "mlps": list,
     "absorbed": list,
     "tied": dict,
     "buffer_dtypes": dict,
     "block_linear_bytes": int,
 }
+
+
+def check_structure(structure: Any, where: str) -> Json:
+    """``structure``, if this version reads it; else a ``CheckpointError`` that begins with ``where``."""
+    if not isinstance(structure, dict) or "format_version" not in structure:
+        raise CheckpointError(f"{where}: is not the JSON that save_pretrained writes; copy or save it again")
+    version = structure["format_version"]
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format_version is {version!r}, and this fips_ext reads up to {FORMAT_VERSION}; "
+            "upgrade fips_ext"
+        )
+    wrong = [key for key, kind in _SECTIONS.items() if not isinstance(structure.get(key), kind)]
+    if not wrong and not structure["mlps"]:
+        wrong = ["mlps"]
+    if wrong:
+        raise CheckpointError(f"{where}: {wrong} are missing or malformed; copy or save it again")
+    return structure
 
 
 def describe(model: nn.Module) -> Json:

@@ -17,12 +17,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._atomic import replaced_directory
-from ._structure import SECTIONS, Json, describe, rebuild, restore_buffer_dtypes, retie
+from ._structure import (
+    FORMAT_VERSION,
+    Json,
+    check_structure,
+    describe,
+    rebuild,
+    restore_buffer_dtypes,
+    retie,
+)
 from .errors import CheckpointError, InvalidArgument
 from .nn.factor import SparseFactor
 from .recipe import Recipe
 
-FORMAT_VERSION = 2  # 2: slices may hold codes
 _WEIGHTS, _STRUCTURE, _CONFIG, _GENERATION = (
     "model.safetensors",
     "fips.json",
@@ -88,7 +95,7 @@ def save_pretrained(
             save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
             (folder / _STRUCTURE).write_text(text, encoding="utf-8")
             (folder / _WEIGHTS).chmod((folder / _STRUCTURE).stat().st_mode)  # safetensors leaves 0600
-            _save_config(model, folder)
+            _save_config(model, structure, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))
     except (OSError, SafetensorError) as error:
@@ -115,9 +122,13 @@ def from_pretrained(
         CheckpointError: a file is missing, damaged, of a newer format, or does not fit the others.
     """
     folder = Path(directory)
-    structure = _read_structure(folder)
     if dtype is not None and not dtype.is_floating_point:
         raise InvalidArgument(f"dtype: got {dtype}; expected a floating dtype such as torch.bfloat16")
+    if model is None and _written_by_transformers(folder):
+        from .integrations.transformers import load_folder
+
+        return load_folder(folder, dtype).to(device)
+    structure = _read_structure(folder)
     if model is None:
         model = _skeleton(folder, structure)
     rebuild(model, structure)
@@ -134,6 +145,7 @@ def from_pretrained(
             f"model: {_some(unset)} are on the meta device and in no checkpoint; build the model so "
             "that buffers outside the state_dict are real"
         )
+    attach(model)
     return model.to(device).eval()
 
 
@@ -239,7 +251,7 @@ def _jsonable(name: str, value: Any) -> Any:
     return plain
 
 
-def _save_config(model: nn.Module, folder: Path) -> None:
+def _save_config(model: nn.Module, structure: Json, folder: Path) -> None:
     """The config and generation config of a transformers model; nothing for any other."""
     config = getattr(model, "config", None)
     if not hasattr(config, "save_pretrained"):
@@ -247,10 +259,18 @@ def _save_config(model: nn.Module, folder: Path) -> None:
     config = copy.deepcopy(config)
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
-    config.quantization_config = {"quant_method": "fips", "format_version": FORMAT_VERSION}
+    config.quantization_config = {"quant_method": "fips", "format_version": FORMAT_VERSION, **structure}
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def attach(model: nn.Module) -> None:
+    """Let the ``save_pretrained`` of a transformers model write what it is now; nothing for any other."""
+    if hasattr(getattr(model, "config", None), "save_pretrained"):
+        from .integrations.quantizer import attach as attach_to_transformers
+
+        attach_to_transformers(model)
 
 
 # -- reading ----------------------------------------------------------------------------------------
@@ -270,23 +290,20 @@ def _read_structure(folder: Path) -> Json:
     path = folder / _STRUCTURE
     try:
         structure = json.loads(path.read_text(encoding="utf-8"))
-        version = structure["format_version"]
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise CheckpointError(
-            f"{path}: is not the JSON that save_pretrained writes ({type(error).__name__}: {error}); "
-            "copy or save it again"
+            f"{path}: is not the JSON that save_pretrained writes ({error}); copy or save it again"
         ) from error
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format_version is {version!r}, and this fips_ext reads up to {FORMAT_VERSION}; "
-            "upgrade fips_ext"
-        )
-    wrong = [key for key, kind in SECTIONS.items() if not isinstance(structure.get(key), kind)]
-    if not wrong and not structure["mlps"]:
-        wrong = ["mlps"]
-    if wrong:
-        raise CheckpointError(f"{path}: {wrong} are missing or malformed; copy or save it again")
-    return structure
+    return check_structure(structure, str(path))
+
+
+def _written_by_transformers(folder: Path) -> bool:
+    """Whether a folder is what ``save_pretrained`` of transformers makes of a compressed model."""
+    try:
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == "fips" and not (folder / _STRUCTURE).exists()
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def _skeleton(folder: Path, structure: Json) -> nn.Module:

@@ -92,9 +92,9 @@ def check_device(device: str) -> torch.device:
 
 
 def _load_transformers(folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    from .integrations.transformers import load_dense
+    from .integrations.transformers import load_folder
 
-    model = load_dense(folder, dtype)
+    model = load_folder(folder, dtype)
     if not model.can_generate():
         raise InvalidArgument(
             f"model: {folder} holds a {type(model).__name__}, which predicts no tokens; "

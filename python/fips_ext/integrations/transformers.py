@@ -1,4 +1,4 @@
-"""Models of Hugging Face transformers: which class a config names, empty skeletons, dense folders."""
+"""Models of Hugging Face transformers: which class a config names, empty skeletons, folders."""
 
 from __future__ import annotations
 
@@ -52,8 +52,10 @@ def empty_model(config: PretrainedConfig) -> nn.Module:
         return construct(config)
 
 
-def load_dense(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """Load a folder saved by transformers with the class its config names, in eval mode.
+def load_folder(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """Load a folder saved by transformers, dense or compressed, with the class its config names.
+
+    In eval mode.
 
     Args:
         folder: holds ``config.json`` and the weights.
