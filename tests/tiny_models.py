@@ -98,11 +98,81 @@ def _bert() -> nn.Module:
     return transformers.BertForMaskedLM(config)
 
 
+def _gpt2() -> nn.Module:
+    import transformers
+
+    config = transformers.GPT2Config(
+        n_embd=WIDTH,
+        n_inner=HIDDEN,
+        n_layer=LAYERS,
+        n_head=2,
+        n_positions=32,
+        vocab_size=VOCABULARY,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _phi() -> nn.Module:
+    import transformers
+
+    config = transformers.PhiConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+    )
+    return transformers.PhiForCausalLM(config)
+
+
+def _opt() -> nn.Module:
+    import transformers
+
+    config = transformers.OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        ffn_dim=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        word_embed_proj_dim=WIDTH,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=0,
+    )
+    return transformers.OPTForCausalLM(config)
+
+
+def _gemma3() -> nn.Module:
+    import transformers
+
+    config = transformers.Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
 CASES = {
     "llama": Case(lambda: _llm("Llama"), "ids", "model.layers.0.mlp", 3, True, "silu"),
     "qwen2": Case(lambda: _llm("Qwen2"), "ids", "model.layers.0.mlp", 3, True, "silu"),
     "gemma2": Case(lambda: _llm("Gemma2"), "ids", "model.layers.0.mlp", 3, True, "gelu_tanh"),
     "mistral": Case(lambda: _llm("Mistral"), "ids", "model.layers.0.mlp", 3, True, "silu"),
+    "qwen3": Case(lambda: _llm("Qwen3"), "ids", "model.layers.0.mlp", 3, True, "silu"),
+    "gemma3": Case(_gemma3, "ids", "model.layers.0.mlp", 3, True, "gelu_tanh"),
+    "phi": Case(_phi, "ids", "model.layers.0.mlp", 3, False, "gelu_tanh"),
+    "phi3": Case(
+        lambda: _llm("Phi3", pad_token_id=0, eos_token_id=1), "ids", "model.layers.0.mlp", 3, True, "silu"
+    ),
+    "opt": Case(_opt, "ids", "model.decoder.layers.0.fc1", 3, False, "relu"),
+    "gpt2": Case(_gpt2, "ids", "transformer.h.0.mlp", 3, False, "gelu_tanh"),
     "vit": Case(
         lambda: _vit("ViT", "ForImageClassification"), "pixels", "vit.layers.0.mlp", 3, False, "gelu"
     ),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .errors import CheckpointError, InvalidArgument
 from .nn import SharedBase, SharedMLP, SparseFactor
 from .surgery import AbsorbedLinear
+from .surgery.linear_map import is_conv1d
 
 Json = dict[str, Any]
 FORMAT_VERSION = 2  # 2: slices may hold codes
@@ -252,7 +253,7 @@ def _block_linear_bytes(model: nn.Module, mlp_paths: list[str]) -> int:
     parameters = {
         id(p): p.numel() * p.element_size()
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path.startswith(tuple(blocks))
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and path.startswith(tuple(blocks))
         for p in module.parameters()
     }
     return sum(parameters.values())

@@ -11,9 +11,21 @@ from torch import Tensor, nn
 
 from fips_ext.errors import SurgeryError
 from fips_ext.reference import ACTIVATIONS
-from fips_ext.surgery import find_mlps
+from fips_ext.surgery import AbsorbedLinear, find_mlps
+from fips_ext.surgery.linear_map import module_of, outputs_of
 
-from ..tiny_models import CASES, HIDDEN, LAYERS, VOCABULARY, WIDTH, Block, GatedMLP, PlainMLP, Stack, build
+from ..tiny_models import (
+    CASES,
+    HIDDEN,
+    VOCABULARY,
+    WIDTH,
+    Block,
+    GatedMLP,
+    PlainMLP,
+    Stack,
+    build,
+    shared_from_dense,
+)
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -45,8 +57,12 @@ def test_finds_the_mlps_of(name: str) -> None:
         assert mlp.up.weight.shape == mlp.down.weight.t().shape == (mlp.hidden, mlp.width)
         if mlp.gate is not None:
             names = {id(module): path.rpartition(".")[2] for path, module in mlp.entry.named_modules()}
-            found = [names[id(linear)] for linear in (mlp.gate, mlp.up, mlp.down)]
-            assert found == ["gate_proj", "up_proj", "down_proj"]
+            found = [names[id(module_of(linear))] for linear in (mlp.gate, mlp.up, mlp.down)]
+            fused = ["gate_up_proj", "gate_up_proj", "down_proj"]
+            assert found == (fused if name == "phi3" else ["gate_proj", "up_proj", "down_proj"])
+            if name == "phi3":
+                halves = (slice(0, mlp.hidden), slice(mlp.hidden, 2 * mlp.hidden))
+                assert (outputs_of(mlp.gate), outputs_of(mlp.up)) == halves
 
 
 def test_finds_both_towers_of_clip() -> None:
@@ -83,38 +99,36 @@ def test_leaves_the_head_of_siglip(caplog: pytest.LogCaptureFixture) -> None:
     assert "head" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("build_model", "reason"),
-    [
-        (
-            lambda: transformers.GPT2Model(
-                transformers.GPT2Config(
-                    n_embd=WIDTH, n_layer=LAYERS, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0
-                )
-            ),
-            "Conv1D",
-        ),
-        (
-            lambda: transformers.Phi3Model(
-                transformers.Phi3Config(
-                    hidden_size=WIDTH,
-                    intermediate_size=HIDDEN,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    num_key_value_heads=2,
-                    vocab_size=64,
-                    pad_token_id=0,
-                    eos_token_id=1,
-                )
-            ),
-            "fused gate and up",
-        ),
-    ],
-    ids=["gpt2", "phi3"],
-)
-def test_says_why_a_model_is_out_of_scope(build_model, reason: str) -> None:
-    with pytest.raises(SurgeryError, match=reason):
-        find_mlps(build_model())
+def test_says_why_a_fused_map_is_none() -> None:
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.down = nn.Linear(WIDTH, 2 * HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = self.both(x).chunk(2, -1)
+            return self.down(gate.clamp(-1, 1) * up)
+
+    with pytest.raises(SurgeryError, match="gate and up in one"):
+        find_mlps(Stack(Clipped()))
+
+
+@pytest.mark.parametrize("gate", [0, 1])
+def test_either_half_of_a_fused_map_may_be_the_gate(gate: int) -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.down = nn.Linear(WIDTH, 2 * HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            halves = self.both(x).chunk(2, -1)
+            return self.down(nn.functional.silu(halves[gate]) * halves[1 - gate])
+
+    mlp = find_mlps(Stack(Fused()))[0]
+    weight, bias = mlp.entry.both.weight.chunk(2), mlp.entry.both.bias.chunk(2)
+    assert torch.equal(mlp.gate.weight, weight[gate])
+    assert torch.equal(mlp.up.bias, bias[1 - gate])
+    assert mlp.down is mlp.entry.down
 
 
 # -- formulas ----------------------------------------------------------------------------------------
@@ -366,3 +380,61 @@ def test_weights_shared_with_another_module_are_refused() -> None:
     model.decoder.weight = model.blocks[0].mlp.fc1.weight
     with pytest.raises(SurgeryError, match="decoder"):
         find_mlps(model)
+
+
+# -- the inline form ---------------------------------------------------------------------------------
+
+
+class InlineBlock(nn.Module):
+    """An MLP as three children of a block, with an attention that answers with a tuple."""
+
+    def __init__(self, order: str = "fc1 act fc2") -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.attention = Answering()
+        self.fc1, self.act, self.fc2 = nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH)
+        self.order = order.split()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(x, mask=mask)[0]
+        h = self.norm(x)
+        for name in self.order:
+            h = getattr(self, name)(h) if name != "double" else 2 * h
+        return x + h
+
+
+class Answering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+        return self.out(x), None
+
+
+def test_an_inline_mlp_is_replaced_by_what_computes_the_same() -> None:
+    model = nn.Sequential(InlineBlock(), InlineBlock()).eval()
+    x = torch.randn(2, 5, WIDTH)
+    expected = model(x)
+    mlps = find_mlps(model)
+    assert [mlp.name for mlp in mlps] == ["0.fc1", "1.fc1"]
+    assert [mlp.activation for mlp in mlps] == ["gelu"] * 2
+    for mlp in mlps:
+        mlp.install(shared_from_dense(mlp))
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert isinstance(model[0].act, AbsorbedLinear)
+    assert isinstance(model[0].fc2, AbsorbedLinear)
+
+
+def test_an_activation_in_two_blocks_stays_in_the_other() -> None:
+    model = nn.Sequential(InlineBlock(), InlineBlock())
+    model[1].act = model[0].act
+    mlp = find_mlps(model)[0]
+    mlp.install(shared_from_dense(mlp))
+    assert isinstance(model[1].act, nn.GELU)
+
+
+@pytest.mark.parametrize("order", ["fc1 fc2", "fc1 double act fc2", "act fc1 fc2", "fc1 act double fc2"])
+def test_children_that_do_something_else_are_no_inline_mlp(order: str) -> None:
+    with pytest.raises(SurgeryError, match="found no MLP"):
+        find_mlps(nn.Sequential(InlineBlock(order)))

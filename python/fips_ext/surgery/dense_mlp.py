@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import SurgeryError
 from ..nn import SharedMLP
+from .linear_map import Linear
 
 
 class AbsorbedLinear(nn.Identity):
@@ -50,9 +51,9 @@ class DenseMLP:
     """
 
     name: str
-    up: nn.Linear
-    gate: nn.Linear | None
-    down: nn.Linear
+    up: Linear
+    gate: Linear | None
+    down: Linear
     activation: str
     entry: nn.Module
     slots: list[Slot]
@@ -69,7 +70,7 @@ class DenseMLP:
         """Hidden width ``n``."""
         return self.up.out_features
 
-    def linears(self) -> dict[str, nn.Linear]:
+    def linears(self) -> dict[str, Linear]:
         """The linear maps by role, in the order up, gate, down."""
         roles = {"up": self.up, "gate": self.gate, "down": self.down}
         return {role: linear for role, linear in roles.items() if linear is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections import defaultdict
@@ -12,7 +13,8 @@ from torch import nn
 from ..errors import SurgeryError
 from ..nn import SharedMLP
 from .dense_mlp import DenseMLP, Slot
-from .probe import Formula, is_plain_linear, match_intermediate, match_mlp, starts_with
+from .linear_map import is_conv1d, is_plain, module_of, outputs_of, shape_of
+from .probe import Formula, match_activation, match_intermediate, match_mlp, runs_in_line, starts_with
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +45,9 @@ class _Survey:
 def find_mlps(model: nn.Module) -> list[DenseMLP]:
     """The transformer MLPs of ``model``, in module order.
 
-    Recognised are gated and plain MLPs that are one module, and the split form (BERT) of an intermediate
-    module beside an output module. Attention, heads beside the stack of blocks and experts behind a router
+    Recognised are gated and plain MLPs that are one module, the split form (BERT) of an intermediate
+    module beside an output module, and the inline form (OPT, BART, Whisper) of two maps and an activation
+    among the children of a block. Attention, heads beside the stack of blocks and experts behind a router
     are left alone. MLPs that share all their weights are one entry.
 
     Raises:
@@ -58,6 +61,7 @@ def find_mlps(model: nn.Module) -> list[DenseMLP]:
         _match_one_module(survey, name, module)
     for name, module in model.named_modules():
         _match_split(survey, name, module)
+        _match_inline(survey, name, module)
     mlps = _without_experts(model, list(survey.matches.values()), survey)
     mlps = _without_heads(model, mlps, survey)
     mlps = _merge_shared(model, mlps)
@@ -77,10 +81,7 @@ def find_mlps(model: nn.Module) -> list[DenseMLP]:
 
 def _match_one_module(survey: _Survey, name: str, module: nn.Module) -> None:
     """Record ``module`` if it is a whole MLP: two or three linear maps and no other parameter."""
-    linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
-    if _has_conv1d(module):
-        survey.rejected[name] = "transformers' Conv1D maps (GPT-2) are not supported"
-        return
+    linears = [child for child in module.modules() if isinstance(child, nn.Linear) or is_conv1d(child)]
     if len(linears) not in (2, 3) or not _nothing_but(module, linears):
         return
     formulas = match_mlp(module, linears)
@@ -100,7 +101,7 @@ def _match_split(survey: _Survey, name: str, parent: nn.Module) -> None:
     taken = set().union(*survey.matches)
     singles = []
     for attribute, child in parent.named_children():
-        linears = [m for m in child.modules() if is_plain_linear(m)]
+        linears = [m for m in child.modules() if isinstance(m, nn.Linear) and is_plain(m)]
         if len(linears) == 1 and linears[0] is not child and id(linears[0]) not in taken:
             singles.append((attribute, child, linears[0]))
     found = []
@@ -128,6 +129,31 @@ def _match_split(survey: _Survey, name: str, parent: nn.Module) -> None:
         survey.matches[frozenset((id(formula.up), id(formula.down)))] = mlp
 
 
+def _match_inline(survey: _Survey, name: str, parent: nn.Module) -> None:
+    """Record the inline form: ``down(act(up(x)))`` of three children, in the forward code of their parent."""
+    if name in survey.rejected:
+        return
+    taken = set().union(*survey.matches)
+    linears, acts = {}, {}
+    for attribute, child in parent.named_children():
+        if isinstance(child, nn.Linear) and is_plain(child) and id(child) not in taken:
+            linears[attribute] = child
+        elif not list(child.parameters()) and len(found := match_activation(child)) == 1:
+            acts[attribute] = found[0]
+    for (first, up), (last, down) in itertools.permutations(linears.items(), 2):
+        out, width = shape_of(up)
+        if shape_of(down) != (width, out) or not out >= width >= _SMALLEST_WIDTH:
+            continue
+        for between, activation in acts.items():
+            if runs_in_line(parent, first, between, last):
+                formula = Formula(activation, up, None, down)
+                mlp = _dense_mlp(survey, f"{name}.{first}".lstrip("."), up, formula)
+                # The activation may be in other places, too; only this one is taken over.
+                mlp.absorbed = [Slot(parent, between), *survey.slots[id(down)]]
+                survey.matches[frozenset((id(up), id(down)))] = mlp
+                return
+
+
 def _dense_mlp(survey: _Survey, name: str, entry: nn.Module, formula: Formula) -> DenseMLP:
     return DenseMLP(
         name=name,
@@ -141,26 +167,18 @@ def _dense_mlp(survey: _Survey, name: str, entry: nn.Module, formula: Formula) -
     )
 
 
-def _nothing_but(module: nn.Module, linears: list[nn.Linear]) -> bool:
+def _nothing_but(module: nn.Module, linears: list[nn.Module]) -> bool:
     """Whether ``linears`` are plain and hold every parameter of ``module``."""
     held = {id(p) for linear in linears for p in linear.parameters()}
-    return all(map(is_plain_linear, linears)) and all(id(p) in held for p in module.parameters())
+    return all(map(is_plain, linears)) and all(id(p) in held for p in module.parameters())
 
 
-def _has_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is made of two of transformers' transposed linear maps and nothing else."""
-    maps = [child for child in module.modules() if type(child).__name__ == "Conv1D"]
-    weights = [p.shape for child in maps for p in child.parameters() if p.dim() == 2]
-    others = len(list(module.parameters())) - sum(len(list(m.parameters())) for m in maps)
-    return len(weights) == 2 and others == 0 and weights[0] == weights[1][::-1]
-
-
-def _near_miss(linears: list[nn.Linear], formulas: list[Formula]) -> str:
+def _near_miss(linears: list[nn.Module], formulas: list[Formula]) -> str:
     """Why linear maps of MLP shape are no MLP; empty when they do not look like one either.
 
     Square maps are what attention is made of, and narrow ones position biases: both pass without a word.
     """
-    shapes = [tuple(linear.weight.shape) for linear in linears]
+    shapes = [shape_of(linear) for linear in linears]
     if len(formulas) > 1:
         names = ", ".join(sorted({formula.activation for formula in formulas}))
         return f"its output fits several activations ({names})"
@@ -168,7 +186,7 @@ def _near_miss(linears: list[nn.Linear], formulas: list[Formula]) -> str:
         return ""
     up, down = max(shapes), min(shapes)
     if len(shapes) == 2 and up == (2 * down[1], down[0]):
-        return f"a fused gate and up projection {list(up)} is not supported"
+        return f"its map {list(up)} may be gate and up in one, but its output fits no activation"
     if up[0] > up[1] and all(shape in (up, up[::-1]) for shape in shapes) and up[::-1] in shapes:
         return "its output fits none of the supported activations, or it does more than an MLP"
     return ""
@@ -214,7 +232,7 @@ def _merge_shared(model: nn.Module, mlps: list[DenseMLP]) -> list[DenseMLP]:
     for mlp in mlps:
         sharing[_parameter_key(mlp)].append(mlp)
     for first, *others in sharing.values():
-        linears = [m for mlp in (first, *others) for m in mlp.linears().values()]
+        linears = [module_of(m) for mlp in (first, *others) for m in mlp.linears().values()]
         expected = set(map(id, linears))
         for parameter in (p for linear in linears for p in linear.parameters()):
             outside = [n for key, n in holders[id(parameter)].items() if key not in expected]
@@ -230,7 +248,8 @@ def _merge_shared(model: nn.Module, mlps: list[DenseMLP]) -> list[DenseMLP]:
 
 
 def _parameter_key(mlp: DenseMLP) -> tuple:
+    parts = [(role, module_of(linear), outputs_of(linear)) for role, linear in mlp.linears().items()]
     return (
         mlp.activation,
-        *((role, id(m.weight), id(m.bias)) for role, m in mlp.linears().items()),
+        *((role, id(m.weight), id(m.bias), part.start) for role, m, part in parts),
     )

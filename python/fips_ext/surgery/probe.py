@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..reference import ACTIVATIONS
+from .linear_map import Linear, LinearMap, is_conv1d, shape_of
 
 # Sizes of the stand-ins: different from each other, so that a swapped map fails, and small.
 _WIDTH, _HIDDEN = 12, 20
@@ -41,14 +43,18 @@ class Formula(NamedTuple):
     """What a probe found: the activation and the role of each linear map."""
 
     activation: str
-    up: nn.Linear
-    gate: nn.Linear | None
-    down: nn.Linear
+    up: Linear
+    gate: Linear | None
+    down: Linear
 
 
-def match_mlp(module: nn.Module, linears: list[nn.Linear]) -> list[Formula]:
-    """Every formula that ``module`` computes with its two or three ``linears``; one if it is an MLP."""
-    return [formula for roles in _roles(linears) for formula in _match_roles(module, *roles)]
+def match_mlp(module: nn.Module, linears: list[nn.Module]) -> list[Formula]:
+    """Every formula that ``module`` computes with its two or three ``linears``; one if it is an MLP.
+
+    Of two, the first may be gate and up in one, either half first.
+    """
+    found = [formula for roles in _roles(linears) for formula in _match_roles(module, *roles)]
+    return found or _match_fused(module, linears)
 
 
 def match_intermediate(module: nn.Module, up: nn.Linear) -> list[str]:
@@ -74,33 +80,84 @@ def starts_with(module: nn.Module, down: nn.Linear) -> bool:
     return _equal(y, _run(_copy_with(module, {down: nn.Identity()}), down_(h), *residual))
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is a linear map with floating weights and nothing added to it."""
-    return (
-        isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
-        and set(dict(module.named_parameters())) <= {"weight", "bias"}
-        and module.weight.dim() == 2
-        and module.weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    )
+def match_activation(module: nn.Module) -> list[str]:
+    """Activations that ``module``, without parameters, computes."""
+    x = _input(torch.Generator().manual_seed(0), _WIDTH)
+    y = _run(_copy_with(module, {}), x)
+    return [name for name, act in _nonlinear() if _equal(y, act(x))]
 
 
-def _roles(linears: list[nn.Linear]) -> Iterator[tuple[list[nn.Linear], nn.Linear]]:
+def runs_in_line(parent: nn.Module, up: str, act: str, down: str) -> bool:
+    """Whether the forward code of ``parent`` uses three of its children only as ``down(act(up(x)))``.
+
+    It runs with stand-ins of all children: those three notice what they are given, all others let their first
+    argument pass, alone or as the first of a tuple, which is how attention answers.
+    """
+    return any(_in_line(parent, (up, act, down), extra) for extra in range(3))
+
+
+def _in_line(parent: nn.Module, names: tuple[str, str, str], extra: int) -> bool:
+    random = torch.Generator().manual_seed(0)
+    calls: list[tuple[str, Tensor, Tensor]] = []
+
+    def noticing(name: str) -> nn.Module:
+        def forward(x: Tensor) -> Tensor:
+            y = torch.randn(x.shape, generator=random, dtype=x.dtype)
+            calls.append((name, x, y))
+            return y
+
+        stand_in = nn.Module()
+        stand_in.forward = forward
+        return stand_in
+
+    shallow = copy.copy(parent)
+    shallow._modules = {
+        name: noticing(name)
+        if name in names
+        else _Passing(extra if any(isinstance(m, nn.Linear) for m in child.modules()) else 0)
+        for name, child in parent._modules.items()
+    }
+    for attribute in _HOOKS:
+        setattr(shallow, attribute, type(getattr(parent, attribute))())
+    shallow.training = False
+    arguments = [_input(random, _WIDTH)] + [None] * (_required_arguments(parent) - 1)
+    try:
+        with torch.no_grad():
+            shallow(*arguments)
+    except Exception:  # see _copy_with
+        return False
+    in_order = tuple(name for name, _, _ in calls) == names
+    return in_order and all(torch.equal(y, x) for (_, _, y), (_, x, _) in itertools.pairwise(calls))
+
+
+class _Passing(nn.Module):
+    """Returns its first argument, followed by as many ``None`` as asked for."""
+
+    def __init__(self, extra: int) -> None:
+        super().__init__()
+        self.extra = extra
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()))
+        return (first, *[None] * self.extra) if self.extra else first
+
+
+def _roles(linears: list[nn.Module]) -> Iterator[tuple[list[nn.Module], nn.Module]]:
     """Ways of calling one map ``down [d, n]`` and the others ``[n, d]``, with ``n ≥ d``.
 
     A map through a bottleneck (``n < d``) is an adapter or a squeeze, not a transformer MLP.
     """
     for down in linears:
         others = [linear for linear in linears if linear is not down]
-        n, d = down.in_features, down.out_features
-        if n >= d and all((o.out_features, o.in_features) == (n, d) for o in others):
+        d, n = shape_of(down)
+        if n >= d and all(shape_of(other) == (n, d) for other in others):
             yield others, down
 
 
-def _match_roles(module: nn.Module, others: list[nn.Linear], down: nn.Linear) -> list[Formula]:
+def _match_roles(module: nn.Module, others: list[nn.Module], down: nn.Module) -> list[Formula]:
     random = torch.Generator().manual_seed(0)
     # Equal sizes where the model's are equal: every assignment of roles has to run.
-    hidden = _WIDTH if down.in_features == down.out_features else _HIDDEN
+    hidden = _WIDTH if len(set(shape_of(down))) == 1 else _HIDDEN
     others_ = [_stand_in(random, _WIDTH, hidden, o.bias is not None) for o in others]
     down_ = _stand_in(random, hidden, _WIDTH, down.bias is not None)
     x = _input(random, _WIDTH)
@@ -110,15 +167,41 @@ def _match_roles(module: nn.Module, others: list[nn.Linear], down: nn.Linear) ->
         return []
     maps = [linear(x) for linear in others_]
     if len(others) == 1:
-        up = others[0]
-        return [Formula(name, up, None, down) for name, act in _nonlinear() if _equal(y, down_(act(maps[0])))]
+        up = _whole(others[0])
+        fits = [name for name, act in _nonlinear() if _equal(y, down_(act(maps[0])))]
+        return [Formula(name, up, None, _whole(down)) for name in fits]
     found = []
     for name, act in ACTIVATIONS.items():
         # Without an activation gate and up are interchangeable: one order stands for both.
         for gate, up in ((0, 1),) if name == "identity" else ((0, 1), (1, 0)):
             if _equal(y, down_(act(maps[gate]) * maps[up])):
-                found.append(Formula(name, others[up], others[gate], down))
+                found.append(Formula(name, _whole(others[up]), _whole(others[gate]), _whole(down)))
     return found
+
+
+def _match_fused(module: nn.Module, linears: list[nn.Module]) -> list[Formula]:
+    if len(linears) != 2:
+        return []
+    fused, down = sorted(linears, key=shape_of, reverse=True)
+    d, n = shape_of(down)
+    if n < d or shape_of(fused) != (2 * n, d):
+        return []
+    random = torch.Generator().manual_seed(0)
+    fused_ = _stand_in(random, _WIDTH, 2 * _HIDDEN, fused.bias is not None)
+    down_ = _stand_in(random, _HIDDEN, _WIDTH, down.bias is not None)
+    x = _input(random, _WIDTH)
+    y = _run(_copy_with(module, {fused: fused_, down: down_}), x)
+    halves, maps = (slice(0, n), slice(n, 2 * n)), fused_(x).chunk(2, -1)
+    return [
+        Formula(name, LinearMap(fused, halves[up]), LinearMap(fused, halves[gate]), _whole(down))
+        for name, act in ACTIVATIONS.items()
+        for gate, up in (((0, 1),) if name == "identity" else ((0, 1), (1, 0)))
+        if _equal(y, down_(act(maps[gate]) * maps[up]))
+    ]
+
+
+def _whole(module: nn.Module) -> Linear:
+    return LinearMap(module) if is_conv1d(module) else module
 
 
 def _nonlinear() -> list[tuple[str, Callable[[Tensor], Tensor]]]:
@@ -144,7 +227,7 @@ def _input(random: torch.Generator, width: int) -> Tensor:
     return (x * (_SMALLEST * scale)[:, None])[None]
 
 
-def _copy_with(module: nn.Module, stand_ins: dict[nn.Linear, nn.Module]) -> nn.Module | None:
+def _copy_with(module: nn.Module, stand_ins: dict[nn.Module, nn.Module]) -> nn.Module | None:
     """A float64 copy of ``module`` in eval mode, its ``stand_ins`` swapped in; None if it has no copy.
 
     Parameters other than those of the linear maps (norms) become ones.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgument, NumericalError
 from ..surgery import DenseMLP
+from ..surgery.linear_map import module_of, outputs_of
 
 _CHUNK = 256  # rows of logits in float32 at a time
 
@@ -71,7 +72,8 @@ class SensitivityMeter:
         for mlp, sums in zip(self.mlps, self._sums, strict=True):
             handles.append(mlp.entry.register_forward_pre_hook(_start_of_graph, with_kwargs=True))
             for role, linear in mlp.linears().items():
-                handles.append(linear.register_forward_hook(_recorder(sums[role])))
+                recorder = _recorder(sums[role], outputs_of(linear))
+                handles.append(module_of(linear).register_forward_hook(recorder))
         try:
             yield
         finally:
@@ -155,10 +157,11 @@ def _requiring_gradient(x: Tensor) -> Tensor:
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
-def _recorder(total: Tensor):
-    """A forward hook that adds the second moments of the gradient of a module's output to ``total``."""
+def _recorder(total: Tensor, outputs: slice):
+    """A forward hook that adds the second moments of the gradient of a part of its output to ``total``."""
 
     def record(gradient: Tensor) -> None:
+        gradient = gradient[..., outputs]
         rows = gradient.reshape(-1, gradient.shape[-1]).float()
         total.add_(rows.square().sum(0) if total.dim() == 1 else rows.t() @ rows)
 
