@@ -123,6 +123,7 @@ def _phi() -> nn.Module:
         intermediate_size=HIDDEN,
         num_hidden_layers=LAYERS,
         num_attention_heads=2,
+        pad_token_id=0,
     )
     return transformers.PhiForCausalLM(config)
 

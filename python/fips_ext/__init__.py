@@ -16,8 +16,10 @@ from .recipe import Recipe
 
 if TYPE_CHECKING:
     from ._compress import compress
+    from ._verify import verify
     from .checkpoint import from_pretrained, info, save_pretrained
     from .report import Report
+    from .surgery import to_dense
     from .train import Calibration, calibrate
 
 _register_with_transformers()
@@ -34,6 +36,8 @@ __all__ = [
     "from_pretrained",
     "info",
     "save_pretrained",
+    "to_dense",
+    "verify",
 ]
 
 _LAZY = {
@@ -44,6 +48,8 @@ _LAZY = {
     "from_pretrained": "checkpoint",
     "info": "checkpoint",
     "save_pretrained": "checkpoint",
+    "to_dense": "surgery",
+    "verify": "_verify",
 }
 
 

@@ -2,5 +2,6 @@
 
 from .dense_mlp import AbsorbedLinear, DenseMLP
 from .find import find_mlps
+from .undo import to_dense
 
-__all__ = ["AbsorbedLinear", "DenseMLP", "find_mlps"]
+__all__ = ["AbsorbedLinear", "DenseMLP", "find_mlps", "to_dense"]

@@ -1,0 +1,78 @@
+"""to_dense: the way back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fips_ext import to_dense
+from fips_ext.errors import InvalidArgument, SurgeryError
+
+from ..tiny_models import CASES, GatedMLP, PlainMLP, Stack, build, share
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_computes_the_same(name: str) -> None:
+    model, x = build(name)
+    names = set(model.state_dict())
+    share(model, rank=4, encoding="bitmap")
+    dense = to_dense(model)
+    assert set(dense.state_dict()) == names
+    assert not any(p.is_meta for p in dense.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(dense(x)[0], model(x)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_keeps_dtype_and_mode() -> None:
+    model, _ = build("llama")
+    share(model.to(torch.bfloat16))
+    dense = to_dense(model.train())
+    assert dense.training
+    assert {p.dtype for p in dense.parameters()} == {torch.bfloat16}
+
+
+def test_any_other_model_is_filled() -> None:
+    model = Stack(PlainMLP(), GatedMLP()).eval()
+    share(model)
+    x = torch.randn(2, 5, 32)
+    with pytest.raises(InvalidArgument, match="into="):
+        to_dense(model)
+    dense = to_dense(model, into=Stack(PlainMLP(), GatedMLP()))
+    torch.testing.assert_close(dense(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_one_mlp_in_two_places() -> None:
+    def stack() -> Stack:
+        mlp = PlainMLP()
+        return Stack(mlp, GatedMLP(), mlp)
+
+    model = stack().eval()
+    share(model)
+    x = torch.randn(2, 5, 32)
+    dense = to_dense(model, into=stack())
+    assert dense.blocks[0].mlp is dense.blocks[2].mlp
+    torch.testing.assert_close(dense(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: Stack(PlainMLP(), PlainMLP()),
+        lambda: Stack(PlainMLP(hidden=48), GatedMLP()),
+        lambda: Stack(PlainMLP(bias=False), GatedMLP()),
+        lambda: Stack(PlainMLP()),
+        lambda: Stack(PlainMLP(), GatedMLP(), PlainMLP()),
+    ],
+)
+def test_another_architecture_is_refused(other) -> None:
+    model = Stack(PlainMLP(), GatedMLP())
+    share(model)
+    with pytest.raises(SurgeryError, match="into: "):
+        to_dense(model, into=other())
+
+
+def test_a_dense_model_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="dense already"):
+        to_dense(build("llama")[0])
