@@ -61,7 +61,7 @@ def test_sorting_neurons_does_not_change_what_is_computed(name: str) -> None:
         plan = solve(recipe(ratio=1.0, base="identity", pattern="block:16x16"), shape_of(group))
         plan = plan.with_count(sum(m.width * m.hidden * len(m.linears()) for m in group) // 256)
         with calibrate(model, [x] * 8, 96) as calibration:
-            problems = [calibration.problems(i, mlp, "loss") for i, mlp in enumerate(group)]
+            problems = [calibration.problems(mlp, "loss") for mlp in group]
         factors = factorise(problems, plan, recipe(base="identity", pattern="block:16x16"))
         assert not all(torch.equal(order, order.sort().values) for order in factors.orders)
         for mlp, shared in zip(group, build_mlps(group, factors, plan), strict=True):
@@ -293,3 +293,54 @@ def test_a_base_must_save_more_than_chance_and_margin() -> None:
     assert not clearly_less(identity - 0.06 + noise, identity)
     assert clearly_less(identity - 0.3 + noise, identity)
     assert clearly_less(torch.zeros(1), torch.ones(1))  # one prediction tells nothing of chance
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"include": ["*.layers.[02].*"]}, [0, 2]),
+        ({"exclude": ["model.layers.1.mlp"]}, [0, 2]),
+        ({"include": ("*.0.mlp", "*.1.mlp"), "exclude": ("*.0.*",)}, [1]),
+    ],
+)
+def test_only_what_is_selected(fields: dict, expected: list[int]) -> None:
+    model, x = build("llama")
+    with calibrate(model, [x] * 8, 96) as calibration:
+        report = compress(model, recipe(**fields), calibration)
+    assert [layer.name for layer in report.layers] == [f"model.layers.{i}.mlp" for i in expected]
+    assert list(shared_mlps(model)) == [f"model.layers.{i}.mlp" for i in expected]
+    assert report.mlp_ratio <= 0.8
+    assert len(find_mlps(model)) == 3 - len(expected)  # they can be compressed later
+
+
+def test_calibration_is_of_the_mlp_that_is_selected() -> None:
+    """By name: the same MLP, alone or with all others, comes out the same."""
+    found = []
+    for fields in ({}, {"include": ["*.2.mlp"]}):
+        torch.manual_seed(1)
+        model, x = build("llama")
+        compress(model, recipe(group_size=1, base="identity", ranking="group", **fields), [x] * 8)
+        found.append(model.model.layers[2].mlp.state_dict())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"include": ["*.7.mlp"]}, r"'\*\.7\.mlp' is the name of no MLP; there are model\.layers\.0\.mlp"),
+        ({"exclude": ["typo"]}, "'typo' is the name of no MLP"),
+        ({"exclude": ["*"]}, "nothing is left"),
+    ],
+)
+def test_a_selection_that_fits_nothing(fields: dict, message: str) -> None:
+    model, x = build("llama")
+    with pytest.raises(InvalidArgument, match=message):
+        compress(model, recipe(**fields), [x] * 8)
+
+
+def test_a_selection_that_is_no_list() -> None:
+    with pytest.raises(InvalidArgument, match="include: got"):
+        recipe(include="*.mlp")
+    chosen = recipe(include=["a", "b"])
+    assert Recipe.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fnmatch
 import itertools
 import math
 import resource
@@ -74,7 +75,8 @@ def compress(
     Raises:
         SurgeryError: no MLP was found.
         BudgetError: the ratio is too small for this model and pattern.
-        InvalidArgument: too little calibration data, or a rank the model has no room for.
+        InvalidArgument: too little calibration data, a rank the model has no room for, or ``include`` and
+            ``exclude`` that leave nothing.
         NumericalError: NaN or Inf in weights, activations or the loss; nothing is replaced in that group.
     """
     run = Compression(model, recipe, progress)
@@ -124,12 +126,10 @@ class Compression:
     def __init__(self, model: nn.Module, recipe: Recipe, progress: Progress | None = None) -> None:
         self.model, self.recipe = model, recipe
         self._start = time.perf_counter()
-        self._mlps = find_mlps(model)
+        self._mlps = select(find_mlps(model), recipe)
         for mlp in self._mlps:
             check_weights(mlp)
-        members = group_mlps(self._mlps, recipe.group_size)
-        starts = itertools.accumulate(map(len, members), initial=0)
-        self.groups = [Group.of(mlps, first, recipe) for mlps, first in zip(members, starts, strict=False)]
+        self.groups = [Group.of(mlps, recipe) for mlps in group_mlps(self._mlps, recipe.group_size)]
         _check_rank(recipe, self._mlps)
         self._dense_bytes = _model_bytes(model)
         self._calibration: Calibration | None = None
@@ -278,7 +278,7 @@ class Compression:
         return next_token_losses(self.model, calibration.probes, self.device, dtype)
 
     def _layer_data(self, group: Group) -> list[LayerData]:
-        return [self._calibration.layer_data(group.first + i) for i in range(len(group.mlps))]
+        return [self._calibration.layer_data(mlp.name) for mlp in group.mlps]
 
     def _other_plans(self, group: Group) -> list[budget.Plan]:
         """Those of the other bases that the recipe allows."""
@@ -293,10 +293,7 @@ class Compression:
         """What the initialiser minimises, per layer."""
         if self._calibration is None or self.recipe.init == "svd":
             return [weight_problems(mlp) for mlp in group.mlps]
-        return [
-            self._calibration.problems(i, mlp, self.recipe.sensitivity)
-            for i, mlp in enumerate(group.mlps, group.first)
-        ]
+        return [self._calibration.problems(mlp, self.recipe.sensitivity) for mlp in group.mlps]
 
 
 @dataclasses.dataclass
@@ -305,7 +302,6 @@ class Group:
 
     Attributes:
         mlps: the dense ones.
-        first: number of the first one in the model.
         plan: how it spends its bytes.
         allowed: what it may spend, in the unit of ``Recipe.budget``.
         shared: the compressed ones, once initialised.
@@ -314,7 +310,6 @@ class Group:
     """
 
     mlps: list[DenseMLP]
-    first: int
     plan: budget.Plan
     allowed: int
     shared: list[SharedMLP] = dataclasses.field(default_factory=list)
@@ -323,9 +318,9 @@ class Group:
     seconds: float = 0.0
 
     @classmethod
-    def of(cls, mlps: list[DenseMLP], first: int, recipe: Recipe) -> Group:
+    def of(cls, mlps: list[DenseMLP], recipe: Recipe) -> Group:
         shape = shape_of(mlps)
-        return cls(mlps, first, budget.solve(recipe, shape), budget.allowance(recipe, shape))
+        return cls(mlps, budget.solve(recipe, shape), budget.allowance(recipe, shape))
 
     def round(self) -> list[tuple[SparseFactor, FloatValues]]:
         """Bring the factors to what is stored: codes, the dtype of the model; returns what undoes codes."""
@@ -354,6 +349,19 @@ class Group:
                 )
             )
         return reports
+
+
+def select(mlps: list[DenseMLP], recipe: Recipe) -> list[DenseMLP]:
+    """Those that ``recipe.include`` and ``recipe.exclude`` leave; at least one."""
+    names = [mlp.name for mlp in mlps]
+    unknown = [g for g in (*(recipe.include or ()), *(recipe.exclude or ())) if not fnmatch.filter(names, g)]
+    chosen = [mlp for mlp in mlps if recipe.selects(mlp.name)]
+    if unknown or not chosen:
+        what = f"{', '.join(map(repr, unknown))} is the name of no MLP" if unknown else "nothing is left"
+        raise InvalidArgument(
+            f"include, exclude: {what}; there are {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+        )
+    return chosen
 
 
 def group_mlps(mlps: list[DenseMLP], size: int) -> list[list[DenseMLP]]:

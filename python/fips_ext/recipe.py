@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 import re
 from typing import Any, Literal
@@ -78,6 +79,9 @@ class Recipe:
         distill_learning_rate: like ``learning_rate``, of that stage.
         calibration_tokens: tokens (or patches) taken from the calibration data.
         seed: of every random choice.
+        include, exclude: names of MLPs, as :func:`fips_ext.surgery.find_mlps` gives them, with ``*``, ``?``
+            and ``[...]`` as in file names. Compressed are those of ``include`` (None: all) that are not of
+            ``exclude``; the ratio is of them.
     """
 
     ratio: float
@@ -99,6 +103,8 @@ class Recipe:
     distill_learning_rate: float = 0.003
     calibration_tokens: int = 32768
     seed: int = 0
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.ratio, int | float) and 0 < self.ratio <= 1):
@@ -106,6 +112,8 @@ class Recipe:
                 f"ratio: got {self.ratio!r}; it is compressed over dense MLP bytes and must lie in (0, 1]"
             )
         Pattern.parse(self.pattern)
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _globs(name, getattr(self, name)))
         for name, low in (
             ("group_size", 1),
             ("steps", 0),
@@ -171,8 +179,18 @@ class Recipe:
     def parsed_pattern(self) -> Pattern:
         return Pattern.parse(self.pattern)
 
+    def selects(self, name: str) -> bool:
+        """Whether the MLP ``name`` is compressed."""
+
+        def matches(globs: tuple[str, ...]) -> bool:
+            return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+        return (self.include is None or matches(self.include)) and not matches(self.exclude or ())
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As JSON would give it back."""
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Recipe:
@@ -182,3 +200,11 @@ class Recipe:
         if unknown:
             raise InvalidArgument(f"recipe: unknown keys {unknown}; known keys are {sorted(known)}")
         return cls(**fields)
+
+
+def _globs(name: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not all(isinstance(glob, str) and glob for glob in value):
+        raise InvalidArgument(f"{name}: got {value!r}; expected None or a list of names of MLPs")
+    return tuple(value)

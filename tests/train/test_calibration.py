@@ -55,12 +55,12 @@ def test_sees_every_mlp(name: str) -> None:
     mlps = find_mlps(model)
     with calibrate(model, [x] * 8, 64) as calibration:
         assert calibration.names == [mlp.name for mlp in mlps]
-        for i, mlp in enumerate(mlps):
-            data = calibration.layer_data(i)
+        for mlp in mlps:
+            data = calibration.layer_data(mlp.name)
             assert data.inputs.shape == data.targets.shape == (64, mlp.width)
             assert data.power > 0
             for kind in ("loss", "output"):
-                problems = calibration.problems(i, mlp, kind)
+                problems = calibration.problems(mlp, kind)
                 assert problems.keys() == mlp.linears().keys()
                 nothing = [p.error(torch.zeros_like(p.weight)) for p in problems.values()]
                 assert all(error > 0 for error in nothing)

@@ -64,7 +64,7 @@ class Calibration:
         """Raise ``InvalidArgument`` unless this is of ``mlps``, and holds what a recipe needs."""
         if not self._observations:
             raise InvalidArgument("data: the Calibration is closed; call calibrate again")
-        if self.names != [mlp.name for mlp in mlps]:
+        if not {mlp.name for mlp in mlps} <= set(self.names):
             raise InvalidArgument(
                 "data: the Calibration is of a model with other MLPs; call calibrate on this one"
             )
@@ -79,16 +79,18 @@ class Calibration:
                 "make it with keep_batches, about as many, or use distill_steps=0"
             )
 
-    def problems(self, index: int, mlp: DenseMLP, sensitivity: str) -> dict[str, SliceProblem]:
-        """What an initialiser minimises for each role of the MLP ``index``; see ``Recipe.sensitivity``."""
+    def problems(self, mlp: DenseMLP, sensitivity: str) -> dict[str, SliceProblem]:
+        """What an initialiser minimises for each role of ``mlp``; see ``Recipe.sensitivity``."""
+        index = self.names.index(mlp.name)
         known = self._sensitivities[index] if sensitivity == "loss" and self._sensitivities else None
         return self._observations[index].problems(mlp, known)
 
-    def layer_data(self, index: int) -> LayerData:
-        """What the MLP ``index`` trains and is measured on."""
+    def layer_data(self, name: str) -> LayerData:
+        """What the MLP ``name`` trains and is measured on."""
+        index = self.names.index(name)
         seen = self._observations[index]
         return LayerData(
-            self.names[index],
+            name,
             self._store.inputs[index],
             self._store.targets[index],
             seen.weights,
