@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -371,3 +372,59 @@ def test_compare_measures_draws_and_goes_on(dense, text, tmp_path, monkeypatch):
 def test_compare_needs_matplotlib(dense, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     assert "fips_ext[plot]" in refusal("compare", dense)
+
+
+# -- recipes in files and dry runs -------------------------------------------------------------------
+
+
+def test_compress_takes_a_recipe_from_a_file(dense, text, tmp_path, compressions):
+    (tmp_path / "r.yaml").write_text("ratio: 0.4\nbits: 8\nbase: identity\nexclude: ['*.0.*']\n")
+    (tmp_path / "r.json").write_text(json.dumps({"ratio": 0.4, "steps": 7}))
+    arguments = ["compress", dense, "--calib", text]
+    run(*arguments, "--out", tmp_path / "a", "--recipe", tmp_path / "r.yaml")
+    run(
+        *arguments, "--out", tmp_path / "b", "--recipe", tmp_path / "r.json", "--ratio", 0.5, "--base", "both"
+    )
+    run(*arguments, "--out", tmp_path / "c", "--recipe", tmp_path / "a", "--seed", 3, "--include", "*mlp")
+    first = Recipe(ratio=0.4, bits=8, base="identity", exclude=("*.0.*",))
+    assert [recipe for recipe, _, _ in compressions] == [
+        first,
+        Recipe(ratio=0.5, steps=7, base="both"),
+        dataclasses.replace(first, seed=3, include=("*mlp",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.yaml", None, "cannot be read"),
+        ("r.yaml", "ratio: [", "is no YAML"),
+        ("r.json", "{", "is no JSON"),
+        ("r.yaml", "just words", "holds no recipe"),
+        ("r.yaml", "", "holds no recipe"),
+    ],
+)
+def test_compress_refuses_a_file_without_recipe(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    arguments = ["compress", "no-such-model", "--out", tmp_path / "out", "--recipe", tmp_path / name]
+    assert message in refusal(*arguments)
+
+
+@pytest.mark.parametrize("content", ["steps: 5", "ratio: 0.5\ntypo: 1", "ratio: 2"])
+def test_compress_refuses_a_recipe_that_is_none(tmp_path, content):
+    (tmp_path / "r.yaml").write_text(content)
+    run("compress", "x", "--out", tmp_path / "out", "--recipe", tmp_path / "r.yaml", code=2)
+
+
+def test_a_dry_run_says_what_would_be_stored(dense):
+    arguments = ["compress", dense, "--ratio", 0.8, "--pattern", "bitmap:16x16", "--group-size", 1]
+    arguments.append("--dry-run")
+    result = run_json(*arguments)
+    assert result["recipe"]["ratio"] == 0.8
+    assert {group["base"][0] for group in result["groups"]} == {"U", "I"}
+    assert all(group["nbytes"] <= 0.8 * group["dense_bytes"] for group in result["groups"])
+    shown = run(*arguments).stdout
+    assert "weight" in shown
+    assert "0.8" in shown
+    assert len(run_json(*arguments, "--base", "identity", "--exclude", "*.0.*")["groups"]) == 3

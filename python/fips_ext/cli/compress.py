@@ -11,11 +11,14 @@ from typing import Annotated
 
 import typer
 from rich.markdown import Markdown
+from rich.table import Table
+from torch import nn
 
 from ..errors import InvalidArgument
 from ..integrations.text import calibration_text, calibration_windows
 from ..models import CHECKPOINT_FILE, check_device, load_model
 from ..recipe import Recipe
+from ..recipe_file import read_recipe
 from .console import (
     DeviceOption,
     DTypeOption,
@@ -46,12 +49,30 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Recipe)}
 _DEFAULT_BASE = Base(_DEFAULTS["base"])
 
 
+# Options that are fields of the recipe, by the names of both.
+_RECIPE_OPTIONS = {
+    **{name: name for name in ("ratio", "pattern", "group_size", "rank", "base", "budget", "bits", "steps")},
+    **{name: name for name in ("distill_steps", "seed", "include", "exclude")},
+    "tokens": "calibration_tokens",
+}
+
+
 def compress(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="What to compress; see 'fips --help'.")],
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the checkpoint.")] = None,
     ratio: Annotated[
-        float, typer.Option(help="MLP bytes to keep, in (0, 1]: everything counted, index too; see --budget.")
-    ],
+        float | None,
+        typer.Option(help="MLP bytes to keep, in (0, 1]: everything counted, index too; see --budget."),
+    ] = None,
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            help="YAML or JSON file of recipe fields, or a checkpoint folder to take them from. Options that "
+            "are given win.",
+        ),
+    ] = None,
     pattern: Annotated[
         str,
         typer.Option(
@@ -93,6 +114,16 @@ def compress(
         typer.Option(min=0, help="Steps of a last stage, all layers against the dense model's predictions."),
     ] = _DEFAULTS["distill_steps"],
     seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = _DEFAULTS["seed"],
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Compress only MLPs of this name; * and ? stand for anything. More than once."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave MLPs of this name dense. More than once.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be stored, and stop before any calibration.")
+    ] = False,
     dtype: DTypeOption = None,
     device: DeviceOption = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
@@ -108,26 +139,20 @@ def compress(
     - `fips compress demo:smollm2 --out small --ratio 0.65 --dtype bfloat16`
     - `fips compress ./my-llama --out small --ratio 0.5 --pattern block:32x32 --calib my.txt --steps 300`
     - `fips compress demo:smollm2 --out small --ratio 0.3 --bits 4 --dtype bfloat16`
+    - `fips compress demo:smollm2 --out again --recipe small --seed 1`
+    - `fips compress demo:smollm2 --ratio 0.6 --exclude '*.layers.0.*' --dry-run`
     """
-    try:
-        recipe = Recipe(
-            ratio=ratio,
-            pattern=pattern,
-            group_size=group_size,
-            rank=rank,
-            base=base.value,
-            budget=budget.value,
-            bits=bits,
-            steps=steps,
-            distill_steps=distill_steps,
-            calibration_tokens=tokens,
-            seed=seed,
-        )
-    except InvalidArgument as error:
-        raise typer.BadParameter(str(error)) from error
+    recipe = _recipe(ctx, recipe_file)
     # Everything that can refuse does so before the minutes of work.
-    check_output(out, overwrite)
     check_device(device)
+    if dry_run:
+        quiet_transformers()
+        note(f"loading {model}")
+        print_forecast(load_model(model, torch_dtype(dtype), device)[0], recipe, as_json)
+        return
+    if out is None:
+        raise typer.BadParameter("--out: give a folder for the checkpoint, or --dry-run")
+    check_output(out, overwrite)
     text = calibration_text(calib)
     from .._compress import compress as compress_model
     from ..checkpoint import save_pretrained
@@ -147,6 +172,46 @@ def compress(
         return
     stdout().print(Markdown(report.to_markdown()))
     stdout().print(f"saved {out} after {seconds:.0f} s; next: fips eval {out}", soft_wrap=True)
+
+
+def _recipe(ctx: typer.Context, file: Path | None) -> Recipe:
+    """What the options say, over what the file says, over the defaults."""
+    fields = {} if file is None else read_recipe(file)
+    for option, field in _RECIPE_OPTIONS.items():
+        source = ctx.get_parameter_source(option)
+        if source is not None and source.name != "DEFAULT":
+            value = ctx.params[option]
+            fields[field] = value.value if isinstance(value, Enum) else value
+    if "ratio" not in fields:
+        raise typer.BadParameter("--ratio: give it, or a --recipe that holds it")
+    try:
+        return Recipe.from_dict(fields)
+    except InvalidArgument as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def print_forecast(model: nn.Module, recipe: Recipe, as_json: bool) -> None:
+    """Group by group, what a compression would store."""
+    from ..forecast import forecast
+
+    groups = forecast(model, recipe)
+    if as_json:
+        print_json({"recipe": recipe.to_dict(), "groups": [group.to_dict() for group in groups]})
+        return
+    table = Table("MLPs", "base", "density", "bytes", "of dense", "MACs", "weight error")
+    for group in groups:
+        first, *others = group.layers
+        table.add_row(
+            f"{first} … {others[-1]}" if others else first,
+            group.base,
+            f"{group.density:.3f}",
+            f"{group.nbytes:,}",
+            f"{group.nbytes / group.dense_bytes:.4f}",
+            f"{group.macs_ratio:.3f}",
+            f"{group.weight_error:.4f}",
+        )
+    stdout().print(table)
+    note("the weight error is data-free; calibration divides the bytes anew and chooses among the bases")
 
 
 def check_output(out: Path, overwrite: bool) -> None:
