@@ -27,14 +27,16 @@ from ._structure import (
     retie,
 )
 from .errors import CheckpointError, InvalidArgument
+from .model_card import model_card
 from .nn.factor import SparseFactor
 from .recipe import Recipe
 
-_WEIGHTS, _STRUCTURE, _CONFIG, _GENERATION = (
+_WEIGHTS, _STRUCTURE, _CONFIG, _GENERATION, _CARD = (
     "model.safetensors",
     "fips.json",
     "config.json",
     "generation_config.json",
+    "README.md",
 )
 # Names of safetensors' dtypes that a model may hold, by torch's.
 _DTYPE_NAMES = {
@@ -98,6 +100,10 @@ def save_pretrained(
             _save_config(model, structure, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))
+            # Last: a tokenizer may bring a card of its own.
+            architecture = type(model).__name__ if (folder / _CONFIG).is_file() else None
+            card = model_card(document, info(folder)["ratios"], architecture)
+            (folder / _CARD).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         kept = "; the checkpoint that was there is unchanged" if target.exists() else ""
         raise CheckpointError(f"{target}: could not be written ({error}){kept}") from error

@@ -152,12 +152,18 @@ def test_files(tmp_path: Path) -> None:
         "fips.json",
         "generation_config.json",
         "tokenizer.json",
+        "README.md",
     }
     document = json.loads((tmp_path / "llama" / "fips.json").read_text())
     assert document["format_version"] == FORMAT_VERSION
     assert document["fips_ext"] == fips_ext.__version__
     assert Recipe.from_dict(document["recipe"]) == recipe
     assert document["report"] == {"error": 0.25}
+    card = (tmp_path / "llama" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "LlamaForCausalLM.from_pretrained" in card
+    assert f"| MLPs | {info(tmp_path / 'llama')['ratios']['mlp']:.4f} |" in card
+    assert '"seed": 7' in card
     config = json.loads((tmp_path / "llama" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     # All that transformers needs: it reads no fips.json.

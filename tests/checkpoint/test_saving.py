@@ -58,7 +58,7 @@ def test_overwrite_replaces_it(tmp_path: Path) -> None:
     save_toy(tmp_path / "toy")
     (tmp_path / "toy" / "left-over").touch()
     model = save_toy(tmp_path / "toy", overwrite=True)
-    assert set(contents(tmp_path / "toy")) == {"model.safetensors", "fips.json"}
+    assert set(contents(tmp_path / "toy")) == {"model.safetensors", "fips.json", "README.md"}
     x = torch.randn(1, 3, 32)
     with torch.no_grad():
         assert torch.equal(load_toy(tmp_path / "toy")(x), model(x))
