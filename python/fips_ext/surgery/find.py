@@ -185,7 +185,7 @@ def _near_miss(linears: list[nn.Module], formulas: list[Formula]) -> str:
     if min(min(shape) for shape in shapes) < _SMALLEST_WIDTH:
         return ""
     up, down = max(shapes), min(shapes)
-    if len(shapes) == 2 and up == (2 * down[1], down[0]):
+    if len(shapes) == 2 and down[1] > down[0] and up == (2 * down[1], down[0]):
         return f"its map {list(up)} may be gate and up in one, but its output fits no activation"
     if up[0] > up[1] and all(shape in (up, up[::-1]) for shape in shapes) and up[::-1] in shapes:
         return "its output fits none of the supported activations, or it does more than an MLP"
