@@ -53,7 +53,7 @@ def test_compress_save_load_compile_export(name: str, tmp_path: Path) -> None:
     # Another batch, and other lengths, than it was exported with.
     batch, length = Dim("batch", min=2, max=64), Dim("length", min=2, max=32)
     ids = CASES[name].inputs == "ids"
-    shapes: dict[str, Any] = {key: None for key in given}
+    shapes: dict[str, Any] = dict.fromkeys(given)
     shapes[next(iter(given))] = {0: batch, 1: length} if ids else {0: batch}
     program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)
     other = torch.cat([x, x[:1]])
