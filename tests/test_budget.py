@@ -153,7 +153,7 @@ def test_a_bitmap_saves_no_multiply_adds() -> None:
 
 def test_rank_falls_when_the_base_would_eat_the_budget() -> None:
     shape = GroupShape(width=256, hidden=256, gated=False, layers=1)
-    plan = solve(Recipe(ratio=0.3, pattern="bitmap:16x64"), shape)
+    plan = solve(Recipe(ratio=0.3, pattern="bitmap:16x64", base="shared"), shape)
     assert 0 < plan.rank < 256
     assert plan.density >= 0.2
 

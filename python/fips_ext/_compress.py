@@ -283,9 +283,11 @@ class Compression:
     def _other_plans(self, group: Group) -> list[budget.Plan]:
         """Those of the other bases that the recipe allows."""
         plans = []
-        for base in self.recipe.bases[1:] if not group.plan.identity else ():
+        for base in self.recipe.bases:
+            if len(self.recipe.bases) == 1 or (base == "identity") == group.plan.identity:
+                continue
             with contextlib.suppress(BudgetError):
-                recipe = dataclasses.replace(self.recipe, base=base, rank=None)
+                recipe = dataclasses.replace(self.recipe, base=base)
                 plans.append(budget.solve(recipe, group.plan.shape, group.allowed))
         return plans
 

@@ -169,11 +169,11 @@ class Recipe:
 
     @property
     def bases(self) -> tuple[str, ...]:
-        """The kinds of base to choose from, the preferred one first."""
+        """The kinds of base to choose from; by the first one that fits bytes are divided among groups."""
         if self.base != "auto":
             return (self.base,)
         # A dense V over the identity is larger than the dense model.
-        return ("shared",) if self.parsed_pattern.kind == "dense" else ("shared", "identity")
+        return ("shared",) if self.parsed_pattern.kind == "dense" else ("identity", "shared")
 
     @property
     def parsed_pattern(self) -> Pattern:

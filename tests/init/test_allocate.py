@@ -27,7 +27,7 @@ def random_scores(groups: int, seed: int) -> list[torch.Tensor]:
 
 @settings(deadline=None, max_examples=40)
 @given(groups=st.integers(1, 6), ratio=st.floats(0.2, 0.95), seed=st.integers(0, 2**31))
-def test_spends_the_budget_on_the_highest_scores(groups: int, ratio: float, seed: int) -> None:
+def test_spends_the_budget_on_the_highest_prices(groups: int, ratio: float, seed: int) -> None:
     plans, scores = plans_of(groups, ratio), random_scores(groups, seed)
     least = [plan.least_count // 8 for plan in plans]
     found = allocate(plans, [ScoreCurve.of([s]) for s in scores], least)
@@ -36,12 +36,26 @@ def test_spends_the_budget_on_the_highest_scores(groups: int, ratio: float, seed
     assert total - groups <= sum(counts) <= total
     assert all(low <= count for low, count in zip(least, counts, strict=True))
     assert sum(p.nbytes for p in found) <= sum(p.nbytes for p in plans)
-    # What is dropped anywhere is worth no more than what is kept anywhere else, up to the width of a bin.
-    ranked = [s.flatten().sort(descending=True).values for s in scores]
-    kept = [r[c - 1] for r, c, low in zip(ranked, counts, least, strict=True) if c > low]
-    dropped = [r[c] for r, c in zip(ranked, counts, strict=True) if c < r.numel()]
+    # What is dropped anywhere is worth no more than what is kept anywhere else, up to the width of bins.
+    ranked = [s.flatten().sort(descending=True).values.double() for s in scores]
+    weights = [1 + float(r[c:].sum()) / 2 / 0.1 for r, c in zip(ranked, counts, strict=True)]
+    kept = [
+        float(r[c - 1]) * w for r, c, w, low in zip(ranked, counts, weights, least, strict=True) if c > low
+    ]
+    dropped = [float(r[c]) * w for r, c, w in zip(ranked, counts, weights, strict=True) if c < r.numel()]
     if kept and dropped:
-        assert float(max(dropped)) <= float(min(kept)) * 2 ** (2 / 64)
+        assert max(dropped) <= min(kept) * 2 ** (6 / 64)
+
+
+def test_small_errors_count_as_they_are_and_large_ones_more() -> None:
+    """Two groups, one of which is twice as costly for every unit: how unequally they share."""
+    shares = []
+    for size in (1e-6, 1e6):
+        score = size * torch.linspace(1, 2, WIDTH * 3 * HIDDEN).view(WIDTH, -1)
+        curves = [ScoreCurve.of([score]), ScoreCurve.of([1.5 * score])]
+        cheap, costly = allocate(plans_of(2, 0.6), curves, [0, 0])
+        shares.append(cheap.count / costly.count)
+    assert shares[0] < 0.8 * shares[1] < 0.8
 
 
 def test_equal_groups_get_equal_shares() -> None:

@@ -125,7 +125,7 @@ def test_arranged_neurons_make_better_blocks(base: str, monkeypatch: pytest.Monk
 
 def test_rotation_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = layers_of_a_group()
-    recipe = Recipe(ratio=0.6, pattern="bitmap:16x16", refit=False)
+    recipe = Recipe(ratio=0.6, pattern="bitmap:16x16", base="shared", refit=False)
     plan = solve(recipe, SHAPE)
     errors = []
     for rotations in (0, 4, 12):

@@ -1,8 +1,11 @@
 """Dividing a model's stored values among its groups, so that the last one of each is worth the same.
 
-Every unit (a value, or a block) has a score: what dropping it adds to the error. For a budget over all
-groups, keeping the highest scores wherever they are is optimal; the threshold is the Lagrange multiplier.
-Only a histogram of each group's scores is held, so that a group can be looked at, let go, and factored later.
+Every unit (a value, or a block) has a score: what dropping it adds to the error. Scores add up inside a
+group, but are second-order estimates: where much is dropped they say too little. So what a group costs is not
+its error ``e`` but ``e + e² / (2 s)``: small errors count as they are, large ones more and more, and no group
+is starved because its first losses look cheap. For a budget over all groups, keeping the units of highest
+price, score times ``1 + e / s``, is optimal; the threshold is the Lagrange multiplier. Only a histogram of
+each group's scores is held, so that a group can be looked at, let go, and factored later.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from torch import Tensor
 from ..budget import Plan
 
 _BINS_PER_OCTAVE, _LOW, _HIGH = 64, -150, 127  # of float32
+_SCALE = 0.1
+"""The ``s`` above, in nats: a group that costs this pays twice for the next unit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +44,41 @@ def allocate(plans: list[Plan], curves: list[ScoreCurve], least: list[int]) -> l
     """The same plans with other counts, as many in all, or a few fewer.
 
     Args:
-        curves: scores of every unit of each group.
+        curves: scores of every unit of each group; half their sum is in nats, see :mod:`~.problem`.
         least: the fewest units of each group; at most the count of its plan.
     """
     total = sum(plan.count for plan in plans)
-    above = torch.stack([curve.counts for curve in curves]).cumsum(1)  # [groups, bins]
-    low = torch.tensor(least).unsqueeze(1)
-    kept = torch.maximum(above, low)
-    fits = kept.sum(0) <= total
-    last = int(fits.sum()) - 1  # kept increases with the bin
-    if last < 0:
+    counts = torch.stack([curve.counts for curve in curves])  # [groups, bins]
+    above, prices, low = counts.cumsum(1), _prices(counts), torch.tensor(least)
+    steps = prices.flatten().unique()  # increasing
+
+    def kept(price: Tensor) -> Tensor:
+        """Units of each group that cost at least ``price``."""
+        bins = (prices >= price).sum(1)  # prices fall along the bins
+        found = above.gather(1, (bins - 1).clamp_min(0).unsqueeze(1)).squeeze(1)
+        return torch.maximum(torch.where(bins > 0, found, 0), low)
+
+    first, last = 0, len(steps)  # the cheapest price that fits is in [first, last]
+    while first < last:
+        middle = (first + last) // 2
+        if int(kept(steps[middle]).sum()) <= total:
+            last = middle
+        else:
+            first = middle + 1
+    if first == len(steps):
         return plans
-    counts = kept[:, last]
-    if last + 1 < kept.shape[1]:  # a part of the next bin, the same of every group
-        rest = kept[:, last + 1] - counts
-        counts = counts + (rest.double() * ((total - int(counts.sum())) / int(rest.sum()))).long()
-    return [plan.with_count(count) for plan, count in zip(plans, counts.tolist(), strict=True)]
+    found = kept(steps[first])
+    if first > 0:  # a part of the next bin, the same of every group whose bin it is
+        rest = kept(steps[first - 1]) - found
+        found = found + (rest.double() * ((total - int(found.sum())) / int(rest.sum()))).long()
+    return [plan.with_count(count) for plan, count in zip(plans, found.tolist(), strict=True)]
+
+
+def _prices(counts: Tensor) -> Tensor:
+    """Of a unit of each bin ``[groups, bins]``, when all bins above it are kept."""
+    bins = torch.arange(counts.shape[1], dtype=torch.float64)
+    score = 2 ** (_HIGH - (bins + 0.5) / _BINS_PER_OCTAVE)
+    energy = counts * score
+    energy[:, -1] = 0  # zeros
+    dropped = (energy.flip(1).cumsum(1).flip(1) - energy) / 2
+    return score * (1 + dropped / _SCALE)
