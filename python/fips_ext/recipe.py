@@ -59,8 +59,8 @@ class Recipe:
         group_size: consecutive transformer blocks that share a base.
         rank: stored base vectors per base; None lets the budget solver choose.
         base: ``shared`` = ``U``; ``identity`` = ``I`` (plain pruning); ``both`` = ``[U, I]`` (sparse + low
-            rank); ``auto`` = ``U`` or ``I``, in each group what costs the model's predictions less, on
-            held-out tokens, ``U`` by a margin.
+            rank); ``auto`` = ``I``, or in a group ``U`` where that clearly costs the model's
+            predictions less on held-out tokens.
         per_role: one base for the input side (fc1, gate, up) and one for the output side (fc2, down).
         sensitivity: what an error counts: ``loss``, what it adds to the divergence of the model's predictions
             from the dense model's; or ``output``, its share of the output of its own matrix.
