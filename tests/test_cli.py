@@ -23,7 +23,7 @@ from fips_ext.recipe import Recipe
 from .tiny_llama import byte_tokenizer, save_text, save_tiny_llama, tiny_llama
 from .tiny_models import share
 
-COMMANDS = ("compress", "compare", "eval", "generate", "info", "bench", "demo", "doctor")
+COMMANDS = ("compress", "compare", "eval", "generate", "info", "bench", "demo", "report", "doctor")
 
 
 @pytest.fixture(autouse=True)

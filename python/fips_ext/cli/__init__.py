@@ -13,7 +13,7 @@ import typer.core
 
 from .. import __version__
 from ..errors import FipsError
-from . import compare, compress, doctor, measure, show
+from . import compare, compress, doctor, measure, report, show
 from .console import fail
 
 
@@ -78,6 +78,7 @@ app.command("info")(show.info)
 app.command("compare")(compare.compare_methods)
 app.command("bench")(measure.bench)
 app.command("demo")(compress.demo)
+app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 
 
