@@ -292,7 +292,7 @@ def test_a_base_must_save_more_than_chance_and_margin() -> None:
     assert not clearly_less(identity - 0.04, identity)
     assert not clearly_less(identity - 0.06 + noise, identity)
     assert clearly_less(identity - 0.3 + noise, identity)
-    assert clearly_less(torch.zeros(1), torch.ones(1))  # one prediction tells nothing of chance
+    assert not clearly_less(torch.zeros(1), torch.ones(1))  # one prediction tells nothing of chance
 
 
 @pytest.mark.parametrize(
@@ -344,3 +344,20 @@ def test_a_selection_that_is_no_list() -> None:
         recipe(include="*.mlp")
     chosen = recipe(include=["a", "b"])
     assert Recipe.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", "1e-3"),
+        ("pattern", None),
+        ("include", 5),
+        ("refit", "false"),
+        ("per_role", 1),
+        ("ratio", True),
+        ("steps", True),
+    ],
+)
+def test_a_field_of_another_type(field: str, value: object) -> None:
+    with pytest.raises(InvalidArgument, match=f"{field}: got"):
+        recipe(**{field: value})

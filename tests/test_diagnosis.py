@@ -74,7 +74,9 @@ def test_an_absent_package_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", version)
     gguf = next(finding for finding in diagnose() if finding.name == "gguf")
     assert (gguf.state, gguf.cure) == (State.MISSING, "pip install 'fips_ext[transformers]'")
-    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["doctor"])
+    assert shown.exit_code == 0
+    assert "pip install 'fips_ext[transformers]'" in shown.stdout
 
 
 def test_a_checkpoint(small: Path) -> None:

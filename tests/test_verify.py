@@ -64,8 +64,18 @@ def test_a_damaged_index() -> None:
     model = compressed()
     mlp = shared_mlps(model)["blocks.1.mlp"]
     mlp.up.row_idx[0] = 99
-    with pytest.raises(InvalidArgument, match=r"blocks\.1\.mlp: .*row_idx"):
+    with pytest.raises(InvalidArgument, match=r"blocks\.1\.mlp\.up: .*row_idx"):
         verify(model)
+
+
+def test_an_index_that_does_not_follow() -> None:
+    model = compressed()
+    factor = shared_mlps(model)["blocks.1.mlp"].up
+    factor.col_idx = factor.col_idx.flip(0)
+    stale = factor.col_idx.clone()
+    with pytest.raises(InvalidArgument, match=r"blocks\.1\.mlp\.up: col_idx does not follow"):
+        verify(model)
+    assert torch.equal(factor.col_idx, stale)
 
 
 def test_a_kernel_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from . import budget
 from ._structure import describe
 from .checkpoint import attach
 from .errors import BudgetError, InvalidArgument
-from .init import Factors, ScoreCurve, SliceProblem, allocate, factorise, unit_scores
+from .init import LAYER_SCALE, Factors, ScoreCurve, SliceProblem, allocate, factorise, unit_scores
 from .layout import BlockSparse
 from .nn import SharedBase, SharedMLP, SparseFactor
 from .nn.factor import FloatValues
@@ -152,13 +152,32 @@ class Compression:
         if calibration is not None and len(recipe.bases) > 1:
             self._dense_losses = self._token_losses()
         if recipe.effective_ranking == "model":
-            plans = [group.plan for group in self.groups]
-            curves = [
-                ScoreCurve.of(unit_scores(self._problems(group), group.plan, recipe)) for group in self.groups
-            ]
-            plans = allocate(plans, curves, [plan.least_count for plan in plans])
+            # Plain pruning and a base need their bytes in different groups: divided is by the cheaper one.
+            _, plans = min((self._divided(base) for base in recipe.bases), key=lambda found: found[0])
             for group, plan in zip(self.groups, plans, strict=True):
                 group.plan, group.allowed = plan, plan.spent(recipe.budget)
+
+    def _divided(self, base: str) -> tuple[float, list[budget.Plan]]:
+        """What all groups over one kind of base are predicted to cost, and the plans that cost least.
+
+        A group that has no room for it keeps the plan that it has.
+        """
+        plans, curves, lost = [], [], 0.0
+        for group in self.groups:
+            plan = group.plan
+            with contextlib.suppress(BudgetError):
+                plan = budget.solve(dataclasses.replace(self.recipe, base=base), plan.shape)
+            problems = self._problems(group)
+            curves.append(ScoreCurve.of(unit_scores(problems, plan, self.recipe)))
+            plans.append(plan)
+            if not plan.identity and plan.rank < plan.shape.width:  # what no V over so few vectors can hold
+                whole = sum(p.error(torch.zeros_like(p.weight)) for layer in problems for p in layer.values())
+                lost += max(0.0, whole - curves[-1].dropped(0)) / 2
+        # Errors are in nats where gradients were looked at; else they have no scale.
+        scale = LAYER_SCALE if self.recipe.needs_loss else math.inf
+        plans = allocate(plans, curves, [plan.least_count for plan in plans], scale)
+        dropped = sum(curve.dropped(plan.count) for curve, plan in zip(curves, plans, strict=True))
+        return lost + dropped / 2, plans
 
     def initialise(self, group: Group) -> None:
         """The closed form, float32, not yet in the model; settles ``group.plan``.
@@ -179,7 +198,11 @@ class Compression:
                 costs = torch.tensor([factors.error])
             else:
                 costs = self._costs_alone(group, shared)
-            if least is None or clearly_less(costs, least):
+            # Of a data-free start the error is what it is.
+            chosen = least is None or (
+                clearly_less(costs, least) if self._calibration is not None else bool(costs < least)
+            )
+            if chosen:
                 least, group.plan, group.shared = costs, plan, shared
         self.meter.advance()
         group.seconds += time.perf_counter() - start
@@ -456,9 +479,12 @@ class _Meter:
 
 
 def clearly_less(costs: Tensor, least: Tensor) -> bool:
-    """Whether the mean of ``costs`` is below that of ``least``, of the same predictions, by a margin."""
+    """Whether the mean of ``costs`` is below that of ``least``, of the same predictions, by a margin.
+
+    Of one prediction nobody knows what is chance.
+    """
     saved = (least - costs).double()
-    chance = float(saved.std()) / math.sqrt(saved.numel()) if saved.numel() > 1 else 0.0
+    chance = float(saved.std()) / math.sqrt(saved.numel()) if saved.numel() > 1 else math.inf
     return float(saved.mean()) - _STANDARD_ERRORS * chance > _BASE_MARGIN * abs(float(least.double().mean()))
 
 

@@ -7,6 +7,7 @@ sizes of each slice, which linear maps were absorbed and which tensors are one.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,8 +81,52 @@ def describe(model: nn.Module) -> Json:
     }
 
 
-def rebuild(model: nn.Module, structure: Json) -> None:
+def fitted(model: nn.Module, structure: Json, prefix: str) -> Json:
+    """The structure for ``model``, where it was written for the same one with a head, or without.
+
+    transformers loads the backbone of a model with a head, and a backbone into a model with a head, by adding
+    or taking away the name under which the latter holds it.
+
+    Args:
+        prefix: that name.
+    """
+    path = str(structure["mlps"][0].get("paths", [""])[0]) if structure["mlps"] else ""
+    if not prefix or _has(model, path):
+        return structure
+    if _has(model, f"{prefix}.{path}"):
+        return _renamed(structure, lambda name: f"{prefix}.{name}")
+    if path.startswith(f"{prefix}.") and _has(model, path[len(prefix) + 1 :]):
+        return _renamed(structure, lambda name: name.removeprefix(f"{prefix}."))
+    return structure
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _renamed(structure: Json, name: Callable[[str], str]) -> Json:
+    mlps = [
+        {**mlp, "paths": [name(path) for path in mlp["paths"]], "base_owner": name(mlp["base_owner"])}
+        for mlp in structure["mlps"]
+    ]
+    return {
+        **structure,
+        "mlps": mlps,
+        "absorbed": [name(path) for path in structure["absorbed"]],
+        "tied": {name(alias): name(kept) for alias, kept in structure["tied"].items()},
+        "buffer_dtypes": {name(buffer): dtype for buffer, dtype in structure["buffer_dtypes"].items()},
+    }
+
+
+def rebuild(model: nn.Module, structure: Json, where: str = "fips.json") -> None:
     """Put empty ``SharedMLP`` modules (on the meta device) into a dense ``model``, in place.
+
+    Args:
+        where: the structure is from, for messages.
 
     Raises:
         CheckpointError: the structure is malformed or does not fit the model.
@@ -93,7 +138,7 @@ def rebuild(model: nn.Module, structure: Json) -> None:
             owner = built.get(entry["base_owner"])
             if owner is None and entry["paths"][0] != entry["base_owner"]:
                 raise CheckpointError(
-                    f"fips.json: {entry['paths'][0]} names {entry['base_owner']} as the owner of its bases, "
+                    f"{where}: {entry['paths'][0]} names {entry['base_owner']} as the owner of its bases, "
                     "which owns none; the file was edited or is damaged, save the model again"
                 )
             mlp = _empty_mlp(entry, owner)
@@ -111,7 +156,7 @@ def rebuild(model: nn.Module, structure: Json) -> None:
         InvalidArgument,
     ) as error:
         raise CheckpointError(
-            f"fips.json: does not describe this model ({type(error).__name__}: {error}); it was edited, or "
+            f"{where}: does not describe this model ({type(error).__name__}: {error}); it was edited, or "
             "config.json or model= is of another model"
         ) from error
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from . import functional, reference
 from .errors import InvalidArgument, NumericalError
-from .nn import SharedMLP
+from .layout import BlockSparse
+from .nn import SharedMLP, SparseFactor
 from .nn.mlp import shared_mlps
 from .train.loop import cast_arguments
 
@@ -38,11 +39,8 @@ def verify(model: nn.Module, seed: int = 0) -> dict[str, float]:
     errors = {}
     for name, layer in layers.items():
         _check_numbers(name, layer)
-        try:
-            for factor in layer.factors().values():
-                factor.derive_index()
-        except InvalidArgument as error:
-            raise InvalidArgument(f"{name}: {error}; load the checkpoint again") from error
+        for role, factor in layer.factors().items():
+            _check_index(f"{name}.{role}", factor)
         errors[name] = max(_error(name, layer, tokens, seed) for tokens in _TOKENS)
     return errors
 
@@ -54,6 +52,21 @@ def _check_numbers(name: str, layer: SharedMLP) -> None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NumericalError(f"{name}: {key} holds NaN or Inf; load or compress the model again")
+
+
+def _check_index(name: str, factor: SparseFactor) -> None:
+    have = factor.slice()
+    arguments = (have.values.detach(), have.col_ptr, have.row_idx, have.mask, have.scales)
+    try:
+        full = BlockSparse.from_index(have.rows, have.cols, have.block, *arguments)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{name}: {error}; load the checkpoint again") from error
+    for field in ("row_ptr", "col_idx", "block_id", "block_ptr"):
+        found, expected = getattr(have, field), getattr(full, field)
+        if expected is not None and not torch.equal(found, expected):
+            raise InvalidArgument(
+                f"{name}: {field} does not follow from the index; load the checkpoint again"
+            )
 
 
 def _error(name: str, layer: SharedMLP, tokens: int, seed: int) -> float:

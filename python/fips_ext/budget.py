@@ -184,7 +184,8 @@ def solve(recipe: Recipe, shape: GroupShape, allowed: int | None = None) -> Plan
 
 def allowance(recipe: Recipe, shape: GroupShape) -> int:
     """What ``recipe.ratio`` lets a group take, in the unit of ``recipe.budget``."""
-    return math.floor(recipe.ratio * _dense(recipe, shape))
+    # 0.1972 of 40000 is 7888, though not in floating point.
+    return math.floor(round(recipe.ratio * _dense(recipe, shape), 6))
 
 
 def slice_bytes(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +274,7 @@ def _save_config(model: nn.Module, structure: Json, folder: Path) -> None:
 
 def attach(model: nn.Module) -> None:
     """Let the ``save_pretrained`` of a transformers model write what it is now; nothing for any other."""
-    if hasattr(getattr(model, "config", None), "save_pretrained"):
+    if "transformers" in sys.modules:
         from .integrations.quantizer import attach as attach_to_transformers
 
         attach_to_transformers(model)

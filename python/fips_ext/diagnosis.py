@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -59,7 +60,7 @@ class Finding:
 def diagnose() -> list[Finding]:
     """Look at the packages, the kernels and the devices of this machine; nothing is changed.
 
-    Every kernel family is run and compared with the oracle, on every device there is.
+    MLPs of every form run, for one token and for many, and are compared with the oracle, on every device.
     """
     return [*_software(), *_cpu(), *_gpus(), *_packages()]
 
@@ -127,7 +128,7 @@ def _build_info() -> dict[str, Any]:
 
 
 def _kernels(device: str) -> Finding:
-    """The op against the oracle, on a small MLP, in every dtype."""
+    """The op against the oracle, on small MLPs, in every dtype."""
     name = f"kernels on {device}"
     try:
         errors = {
@@ -142,25 +143,29 @@ def _kernels(device: str) -> Finding:
 
 
 def _small_model(width: int = 64, hidden: int = 160, rank: int = 48) -> nn.Module:
-    """Two gated MLPs over one base, one per encoding."""
+    """Gated and plain MLPs over a base and over the identity, with values and codes, in every encoding."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) / shape[0] ** 0.5
 
-    base = SharedBase(random(width, rank))
+    def factor(rows: int, encoding: str, bits: int | None) -> SparseFactor:
+        kept = torch.rand(rows // 16, hidden // 32, generator=generator) < 0.5
+        kept = kept.repeat_interleave(16, 0).repeat_interleave(32, 1)
+        if encoding == "bitmap":
+            kept = kept & (torch.rand(rows, hidden, generator=generator) < 0.5)
+        made = SparseFactor(BlockSparse.from_dense(random(rows, hidden) * kept, (16, 32), encoding))
+        if bits is not None:
+            made.round_to(bits)
+            made.quantise()
+        return made
+
     layers = []
-    for encoding in ("bitmap", "block"):
-
-        def factor(encoding: str = encoding) -> SparseFactor:
-            v = random(rank, hidden)
-            kept = torch.rand(v.shape, generator=generator) < 0.5
-            if encoding == "block":
-                kept = kept[::16, ::32].repeat_interleave(16, 0).repeat_interleave(32, 1)
-            return SparseFactor(BlockSparse.from_dense(v * kept, (16, 32), encoding))
-
-        slices = {role: factor() for role in ("up", "gate", "down")}
-        layers.append(SharedMLP(base, **slices, activation="silu", owns_base=not layers))
+    for encoding, bits, gated in itertools.product(("bitmap", "block"), (None, 8, 4), (True, False)):
+        base = SharedBase(random(width, rank), identity=not gated)
+        roles = ("up", "gate", "down") if gated else ("up", "down")
+        slices = {role: factor(base.rows, encoding, bits) for role in roles}
+        layers.append(SharedMLP(base, **slices, activation="silu" if gated else "gelu"))
     return nn.Sequential(*layers)
 
 

@@ -107,11 +107,16 @@ class Recipe:
     exclude: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.ratio, int | float) and 0 < self.ratio <= 1):
+        if not (_is_number(self.ratio) and 0 < self.ratio <= 1):
             raise InvalidArgument(
                 f"ratio: got {self.ratio!r}; it is compressed over dense MLP bytes and must lie in (0, 1]"
             )
+        if not isinstance(self.pattern, str):
+            raise InvalidArgument(f"pattern: got {self.pattern!r}; expected a string such as 'bitmap'")
         Pattern.parse(self.pattern)
+        for name in ("per_role", "refit"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgument(f"{name}: got {getattr(self, name)!r}; expected true or false")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
         for name, low in (
@@ -123,7 +128,7 @@ class Recipe:
             ("seed", 0),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise InvalidArgument(f"{name}: got {value!r}; expected an integer of at least {low}")
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise InvalidArgument(f"rank: got {self.rank!r}; expected None or a positive integer")
@@ -149,8 +154,8 @@ class Recipe:
             )
         for name in ("learning_rate", "distill_learning_rate"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InvalidArgument(f"{name}: got {value!r}; expected a positive number")
+            if not (_is_number(value) and math.isfinite(value) and value > 0):
+                raise InvalidArgument(f"{name}: got {value!r}; expected a positive number (in YAML 1.0e-3)")
 
     @property
     def needs_data(self) -> bool:
@@ -169,7 +174,7 @@ class Recipe:
 
     @property
     def bases(self) -> tuple[str, ...]:
-        """The kinds of base to choose from; by the first one that fits bytes are divided among groups."""
+        """The kinds of base to choose from, the one that costs least to compute with first."""
         if self.base != "auto":
             return (self.base,)
         # A dense V over the identity is larger than the dense model.
@@ -202,9 +207,13 @@ class Recipe:
         return cls(**fields)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _globs(name: str, value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
-    if isinstance(value, str) or not all(isinstance(glob, str) and glob for glob in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(glob, str) and glob for glob in value):
         raise InvalidArgument(f"{name}: got {value!r}; expected None or a list of names of MLPs")
     return tuple(value)

@@ -30,7 +30,7 @@ def random_scores(groups: int, seed: int) -> list[torch.Tensor]:
 def test_spends_the_budget_on_the_highest_prices(groups: int, ratio: float, seed: int) -> None:
     plans, scores = plans_of(groups, ratio), random_scores(groups, seed)
     least = [plan.least_count // 8 for plan in plans]
-    found = allocate(plans, [ScoreCurve.of([s]) for s in scores], least)
+    found = allocate(plans, [ScoreCurve.of([s]) for s in scores], least, 0.1)
     total = sum(plan.count for plan in plans)
     counts = [plan.count for plan in found]
     assert total - groups <= sum(counts) <= total
@@ -53,7 +53,7 @@ def test_small_errors_count_as_they_are_and_large_ones_more() -> None:
     for size in (1e-6, 1e6):
         score = size * torch.linspace(1, 2, WIDTH * 3 * HIDDEN).view(WIDTH, -1)
         curves = [ScoreCurve.of([score]), ScoreCurve.of([1.5 * score])]
-        cheap, costly = allocate(plans_of(2, 0.6), curves, [0, 0])
+        cheap, costly = allocate(plans_of(2, 0.6), curves, [0, 0], 0.1)
         shares.append(cheap.count / costly.count)
     assert shares[0] < 0.8 * shares[1] < 0.8
 
@@ -75,3 +75,11 @@ def test_a_group_without_scores_keeps_the_least() -> None:
 def test_extreme_scores_are_counted() -> None:
     scores = torch.tensor([0.0, 1e-45, 1e-38, 1.0, 3e38])
     assert int(ScoreCurve.of([scores]).counts.sum()) == 5
+
+
+def test_a_curve_knows_what_is_dropped() -> None:
+    scores = random_scores(1, 3)[0]
+    curve = ScoreCurve.of([scores])
+    ranked = scores.flatten().sort(descending=True).values.double()
+    for count in (0, 1, 1000, ranked.numel() - 1, ranked.numel()):
+        assert curve.dropped(count) == pytest.approx(float(ranked[count:].sum()), rel=0.02, abs=1e-9)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import nn
 import fips_ext
 from fips_ext import Recipe, compress
 from fips_ext.errors import CheckpointError
+from fips_ext.integrations.quantizer import FipsConfig, FipsQuantizer
 from fips_ext.nn.mlp import shared_mlps
 
 from ..tiny_models import CASES, build
@@ -94,7 +97,7 @@ def test_what_was_loaded_saves_again(tmp_path: Path) -> None:
 
 
 def test_the_config_says_what_the_model_is_when_it_is_saved(tmp_path: Path) -> None:
-    model, _ = compressed("llama", base="identity")
+    model, x = compressed("llama", base="identity")
     for mlp in shared_mlps(model).values():
         for factor in mlp.factors().values():
             factor.round_to(8)
@@ -102,7 +105,9 @@ def test_the_config_says_what_the_model_is_when_it_is_saved(tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "m")
     entry = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
     assert {sizes["bits"] for mlp in entry["mlps"] for sizes in mlp["slices"].values()} == {8}
-    assert type(model).from_pretrained(tmp_path / "m") is not None
+    loaded = type(model).from_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(first(loaded(x)), first(model(x)))
 
 
 def test_a_loaded_model_trains_and_generates(tmp_path: Path) -> None:
@@ -165,7 +170,121 @@ def test_a_config_that_was_edited(change: dict, message: str, tmp_path: Path) ->
 def test_loading_does_not_compress(tmp_path: Path) -> None:
     model, _ = build("llama")
     model.save_pretrained(tmp_path / "m")
-    from fips_ext.integrations.quantizer import FipsConfig
-
     with pytest.raises(CheckpointError, match=r"fips_ext\.compress"):
         type(model).from_pretrained(tmp_path / "m", quantization_config=FipsConfig())
+
+
+# -- the same weights in other classes ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["fips_ext", "transformers"])
+@pytest.mark.parametrize("name", ["llama", "bert", "vit", "gpt2"])
+def test_the_backbone_of_a_model_with_a_head(name: str, by: str, tmp_path: Path) -> None:
+    model, x = compressed(name)
+    save(model, tmp_path / "m", by)
+    backbone = transformers.AutoModel.from_pretrained(tmp_path / "m")
+    assert len(shared_mlps(backbone)) == len(shared_mlps(model))
+    with torch.no_grad():
+        assert torch.equal(first(backbone(x)), first(model.base_model(x)))
+
+
+def test_a_backbone_into_a_model_with_a_head(tmp_path: Path) -> None:
+    model, x = compressed("bert")
+    model.bert.save_pretrained(tmp_path / "m")
+    headed = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(first(headed.bert(x)), first(model.bert(x)))
+
+
+def test_a_part_that_was_compressed_is_saved_with_the_whole(tmp_path: Path) -> None:
+    model, x = build("llama")
+    recipe = Recipe(ratio=0.95, pattern="bitmap:16x16", steps=0, sensitivity="output", calibration_tokens=96)
+    compress(model.model, recipe, [x] * 8)
+    model.save_pretrained(tmp_path / "m")
+    loaded = type(model).from_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(first(loaded(x)), first(model(x)))
+
+
+def test_a_wrapper_that_transformers_does_not_know(tmp_path: Path) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.backbone, self.config = backbone, backbone.config
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.backbone(x).logits
+
+    model, x = build("llama")
+    recipe = Recipe(ratio=0.95, pattern="bitmap:16x16", steps=0, calibration_tokens=96)
+    compress(Wrapper(model), recipe, [x] * 8)
+    model.save_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(first(type(model).from_pretrained(tmp_path / "m")(x)), first(model(x)))
+
+
+# -- a loaded model is like one that was compressed in memory ------------------------------------------
+
+
+def test_nothing_of_the_quantizer_stays(tmp_path: Path) -> None:
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    model, _ = compressed("llama", torch.bfloat16)
+    save(model, tmp_path / "m", "transformers")
+    loaded = type(model).from_pretrained(tmp_path / "m")
+    validate_quantization_for_training(loaded)
+    assert loaded.float().dtype == torch.float32
+    state = {name: 2 * t if t.is_floating_point() else t for name, t in loaded.state_dict().items()}
+    loaded.save_pretrained(tmp_path / "other", state_dict=state)
+    again = type(model).from_pretrained(tmp_path / "other")
+    assert torch.equal(again.model.norm.weight, 2 * loaded.model.norm.weight)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_saves_itself(how, tmp_path: Path) -> None:
+    model, x = compressed("llama")
+    with torch.no_grad():
+        expected = first(model(x))
+    copied = how(model)
+    del model
+    copied.save_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(first(type(copied).from_pretrained(tmp_path / "m")(x)), expected)
+
+
+@pytest.mark.parametrize("devices", [{"model.layers.0": 0, "model.layers.1": 1}, {"": "disk"}])
+def test_layers_over_one_base_stay_on_its_device(devices: dict) -> None:
+    config = FipsConfig.of(compressed("llama")[0])
+    quantizer = FipsQuantizer(config, pre_quantized=True)
+    quantizer.validate_environment(device_map={"": "cpu"})
+    with pytest.raises(CheckpointError, match="device_map: got"):
+        quantizer.validate_environment(device_map=devices)
+
+
+# -- registration --------------------------------------------------------------------------------------
+
+_LOOK_FIRST = """
+import importlib.util, sys
+import fips_ext, transformers
+assert importlib.util.find_spec("transformers.quantizers.auto") is not None
+import transformers.quantizers.auto as registry
+assert "fips" in registry.AUTO_QUANTIZER_MAPPING
+"""
+_FAILING = """
+import sys, types, warnings
+import fips_ext, transformers
+broken = types.ModuleType("empty")
+broken.attach = None
+sys.modules["fips_ext.integrations.quantizer"] = broken
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from transformers import AutoModelForCausalLM
+    import transformers.quantizers.auto as registry
+assert any("cannot load compressed models" in str(w.message) for w in caught), caught
+assert "fips" not in registry.AUTO_QUANTIZER_MAPPING
+"""
+
+
+@pytest.mark.parametrize("script", [_LOOK_FIRST, _FAILING], ids=["looked for first", "fails"])
+def test_registration(script: str) -> None:
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

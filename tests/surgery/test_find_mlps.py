@@ -438,3 +438,19 @@ def test_an_activation_in_two_blocks_stays_in_the_other() -> None:
 def test_children_that_do_something_else_are_no_inline_mlp(order: str) -> None:
     with pytest.raises(SurgeryError, match="found no MLP"):
         find_mlps(nn.Sequential(InlineBlock(order)))
+
+
+def test_an_output_that_needs_the_hidden_activation_is_no_inline_mlp() -> None:
+    class Reusing(InlineBlock):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            h = self.act(self.fc1(self.norm(x)))
+            return x + self.fc2(h) + h.mean()
+
+    with pytest.raises(SurgeryError, match="found no MLP"):
+        find_mlps(nn.Sequential(Reusing(), Reusing()))
+
+
+def test_inline_maps_in_two_blocks_are_left_alone() -> None:
+    model = nn.Sequential(InlineBlock(), InlineBlock(), InlineBlock())
+    model[1].fc1, model[1].fc2 = model[0].fc1, model[0].fc2
+    assert [mlp.name for mlp in find_mlps(model)] == ["2.fc1"]

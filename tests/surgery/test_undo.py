@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from fips_ext import to_dense
+from fips_ext import Recipe, compress, from_pretrained, save_pretrained, to_dense
 from fips_ext.errors import InvalidArgument, SurgeryError
 
 from ..tiny_models import CASES, GatedMLP, PlainMLP, Stack, build, share
@@ -76,3 +78,30 @@ def test_another_architecture_is_refused(other) -> None:
 def test_a_dense_model_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="dense already"):
         to_dense(build("llama")[0])
+
+
+def test_what_was_not_compressed_is_copied() -> None:
+    model, x = build("llama")
+    recipe = Recipe(ratio=0.95, pattern="bitmap:16x16", steps=0, calibration_tokens=96, exclude=("*.1.mlp",))
+    compress(model, recipe, [x] * 8)
+    dense = to_dense(model)
+    assert torch.equal(dense.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(x)[0], model(x)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_tensors_keep_their_own_dtypes(tmp_path: Path) -> None:
+    """A model that transformers loaded in half precision still has rotary frequencies in float32."""
+    model, _ = build("llama")
+    share(model.to(torch.bfloat16))
+    save_pretrained(model, tmp_path / "m")
+    model = from_pretrained(tmp_path / "m")
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.float() * 1.0001
+    model.model.norm.float()
+    model.generation_config.max_length = 77
+    dense = to_dense(model)
+    assert torch.equal(dense.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    assert dense.model.norm.weight.dtype == torch.float32
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+    assert dense.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert dense.generation_config.max_length == 77

@@ -60,8 +60,9 @@ def test_stops_when_full_and_takes_no_more_data() -> None:
     assert calls[-1] == (2 * x.numel() - 1, 2 * x.numel() - 1)
 
 
-def test_padding_is_left_out() -> None:
-    model, x = build("llama")
+@pytest.mark.parametrize("name", ["llama", "opt"])  # OPT's MLPs see their tokens without the batch
+def test_padding_is_left_out(name: str) -> None:
+    model, x = build(name)
     mlps = find_mlps(model)
     mask = torch.ones_like(x)
     mask[1, 7:] = 0

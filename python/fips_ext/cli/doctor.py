@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from .console import JsonOption, print_json, stdout
 
@@ -42,7 +43,8 @@ def doctor(
         table = Table("", "", "found", "cure", show_header=False, box=None)
         for finding in findings:
             state = finding.state.value
-            table.add_row(finding.name, f"[{_STYLES[state]}]{state}", finding.detail, finding.cure)
+            shown = Text(state, style=_STYLES[state])  # as text: extras in brackets are no markup
+            table.add_row(Text(finding.name), shown, Text(finding.detail), Text(finding.cure))
         stdout().print(table)
     if broken:
         raise typer.Exit(1)

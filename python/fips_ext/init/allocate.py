@@ -11,6 +11,7 @@ each group's scores is held, so that a group can be looked at, let go, and facto
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from torch import Tensor
 from ..budget import Plan
 
 _BINS_PER_OCTAVE, _LOW, _HIGH = 64, -150, 127  # of float32
-_SCALE = 0.1
-"""The ``s`` above, in nats: a group that costs this pays twice for the next unit."""
+LAYER_SCALE = 0.02
+"""The ``s`` above for each layer of a group, in nats: at this cost the next unit counts twice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +40,27 @@ class ScoreCurve:
             counts += torch.bincount(index, minlength=bins).cpu()
         return cls(counts)
 
+    def dropped(self, count: int) -> float:
+        """The sum of all scores but the ``count`` highest, up to the width of a bin."""
+        above = self.counts.cumsum(0)
+        rest = torch.minimum(self.counts, (above - count).clamp_min(0))
+        return float((rest * _representative(len(self.counts))).sum())
 
-def allocate(plans: list[Plan], curves: list[ScoreCurve], least: list[int]) -> list[Plan]:
+
+def allocate(
+    plans: list[Plan], curves: list[ScoreCurve], least: list[int], layer_scale: float = math.inf
+) -> list[Plan]:
     """The same plans with other counts, as many in all, or a few fewer.
 
     Args:
-        curves: scores of every unit of each group; half their sum is in nats, see :mod:`~.problem`.
+        curves: scores of every unit of each group; half their sum is its error.
         least: the fewest units of each group; at most the count of its plan.
+        layer_scale: ``s`` over the layers of a group, in the unit of the error; infinite: cost is error.
     """
     total = sum(plan.count for plan in plans)
     counts = torch.stack([curve.counts for curve in curves])  # [groups, bins]
-    above, prices, low = counts.cumsum(1), _prices(counts), torch.tensor(least)
+    above, low = counts.cumsum(1), torch.tensor(least)
+    prices = _prices(counts, torch.tensor([layer_scale * plan.shape.layers for plan in plans]))
     steps = prices.flatten().unique()  # increasing
 
     def kept(price: Tensor) -> Tensor:
@@ -74,11 +85,14 @@ def allocate(plans: list[Plan], curves: list[ScoreCurve], least: list[int]) -> l
     return [plan.with_count(count) for plan, count in zip(plans, found.tolist(), strict=True)]
 
 
-def _prices(counts: Tensor) -> Tensor:
-    """Of a unit of each bin ``[groups, bins]``, when all bins above it are kept."""
-    bins = torch.arange(counts.shape[1], dtype=torch.float64)
-    score = 2 ** (_HIGH - (bins + 0.5) / _BINS_PER_OCTAVE)
+def _prices(counts: Tensor, scale: Tensor) -> Tensor:
+    """Of a unit of each bin ``[groups, bins]``, when all bins above it are kept; ``scale [groups]``."""
+    score = _representative(counts.shape[1])
     energy = counts * score
-    energy[:, -1] = 0  # zeros
     dropped = (energy.flip(1).cumsum(1).flip(1) - energy) / 2
-    return score * (1 + dropped / _SCALE)
+    return score * (1 + dropped / scale.double().unsqueeze(1))
+
+
+def _representative(bins: int) -> Tensor:
+    """A score of each bin, float64; the last one, of zeros, has next to none."""
+    return 2 ** (_HIGH - (torch.arange(bins, dtype=torch.float64) + 0.5) / _BINS_PER_OCTAVE)

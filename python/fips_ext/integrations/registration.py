@@ -9,44 +9,54 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
+import warnings
 from types import ModuleType
 
 _REGISTRY = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Register now if the registry is there, else as soon as it is."""
-    if _REGISTRY in sys.modules:
-        _add(sys.modules[_REGISTRY])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Register now if the registry is there, and whenever it is imported."""
+    registry = sys.modules.get(_REGISTRY)
+    if hasattr(registry, "register_quantizer"):  # not one that another thread is still importing
+        _add(registry)
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the registry as it would be found without it, and adds to it once it is there."""
+    """Finds the registry as the other finders do, and adds to it once it is there."""
 
     def find_spec(self, name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
         if name != _REGISTRY:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
+        others = (finder for finder in list(sys.meta_path) if finder is not self)
+        specs = (finder.find_spec(name, path, target) for finder in others if hasattr(finder, "find_spec"))
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
 
-        def execute_and_add(module: ModuleType) -> None:
-            execute(module)
-            _add(module)
+            def execute_and_add(module: ModuleType) -> None:
+                execute(module)
+                _add(module)
 
-        spec.loader.exec_module = execute_and_add
+            spec.loader.exec_module = execute_and_add
         return spec
 
 
 def _add(registry: ModuleType) -> None:
-    from .quantizer import METHOD, FipsConfig, FipsQuantizer
+    try:
+        from . import quantizer
 
-    if METHOD not in registry.AUTO_QUANTIZER_MAPPING:
-        registry.register_quantization_config(METHOD)(FipsConfig)
-        registry.register_quantizer(METHOD)(FipsQuantizer)
+        if not hasattr(quantizer, "attach"):  # it is being imported, and registers when it is done
+            return
+        if quantizer.METHOD not in registry.AUTO_QUANTIZER_MAPPING:
+            registry.register_quantization_config(quantizer.METHOD)(quantizer.FipsConfig)
+            registry.register_quantizer(quantizer.METHOD)(quantizer.FipsQuantizer)
+    except Exception as error:  # whoever imports transformers must get it, whatever we cannot do with it
+        warnings.warn(
+            f"fips_ext: this transformers cannot load compressed models ({error}); install "
+            "transformers>=5.0, or use fips_ext.from_pretrained",
+            stacklevel=2,
+        )

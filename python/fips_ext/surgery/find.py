@@ -146,6 +146,9 @@ def _match_inline(survey: _Survey, name: str, parent: nn.Module) -> None:
             continue
         for between, activation in acts.items():
             if runs_in_line(parent, first, between, last):
+                if max(len(survey.slots[id(up)]), len(survey.slots[id(down)])) > 1:
+                    survey.rejected[name] = "its MLP is written inline, and another module shares its maps"
+                    return
                 formula = Formula(activation, up, None, down)
                 mlp = _dense_mlp(survey, f"{name}.{first}".lstrip("."), up, formula)
                 # The activation may be in other places, too; only this one is taken over.

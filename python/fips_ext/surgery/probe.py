@@ -93,15 +93,23 @@ def runs_in_line(parent: nn.Module, up: str, act: str, down: str) -> bool:
     It runs with stand-ins of all children: those three notice what they are given, all others let their first
     argument pass, alone or as the first of a tuple, which is how attention answers.
     """
-    return any(_in_line(parent, (up, act, down), extra) for extra in range(3))
+    names = (up, act, down)
+    for extra in range(3):
+        # The same noise of down, other noise before it: what comes out must not depend on what is in between.
+        outputs = [_in_line(parent, names, extra, seed) for seed in (0, 1)]
+        if all(output is not None for output in outputs):
+            return torch.equal(*outputs)
+    return False
 
 
-def _in_line(parent: nn.Module, names: tuple[str, str, str], extra: int) -> bool:
-    random = torch.Generator().manual_seed(0)
+def _in_line(parent: nn.Module, names: tuple[str, str, str], extra: int, seed: int) -> Tensor | None:
+    """The output of ``parent`` on stand-ins; None unless it calls ``names`` in order, each on the last."""
     calls: list[tuple[str, Tensor, Tensor]] = []
+    noise = dict(zip(names, (2 * seed + 1, 2 * seed + 2, 0), strict=True))
 
     def noticing(name: str) -> nn.Module:
         def forward(x: Tensor) -> Tensor:
+            random = torch.Generator().manual_seed(noise[name])
             y = torch.randn(x.shape, generator=random, dtype=x.dtype)
             calls.append((name, x, y))
             return y
@@ -120,14 +128,16 @@ def _in_line(parent: nn.Module, names: tuple[str, str, str], extra: int) -> bool
     for attribute in _HOOKS:
         setattr(shallow, attribute, type(getattr(parent, attribute))())
     shallow.training = False
-    arguments = [_input(random, _WIDTH)] + [None] * (_required_arguments(parent) - 1)
+    x = _input(torch.Generator().manual_seed(0), _WIDTH)
     try:
         with torch.no_grad():
-            shallow(*arguments)
+            y = shallow(x, *[None] * (_required_arguments(parent) - 1))
     except Exception:  # see _copy_with
-        return False
+        return None
     in_order = tuple(name for name, _, _ in calls) == names
-    return in_order and all(torch.equal(y, x) for (_, _, y), (_, x, _) in itertools.pairwise(calls))
+    if not in_order or not all(torch.equal(y, x) for (_, _, y), (_, x, _) in itertools.pairwise(calls)):
+        return None
+    return y[0] if isinstance(y, tuple) else y
 
 
 class _Passing(nn.Module):

@@ -109,9 +109,9 @@ def collect(
             if store.filled[index] >= store.tokens:
                 return
             x = args[0] if args else next(iter(kwargs.values()))
-            if attention is not None and attention.shape == x.shape[:-1]:
-                x = x[attention.to(x.device)]
-            x = x.detach().reshape(-1, x.shape[-1])
+            x = x.detach().reshape(-1, x.shape[-1])  # OPT's MLPs get their tokens flat as it is
+            if attention is not None and attention.numel() == x.shape[0]:
+                x = x[attention.to(x.device).flatten()]
             if not bool(x.isfinite().all()):
                 raise NumericalError(
                     f"{name}: its input on the calibration data holds NaN or Inf; check the data, or load "
