@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed-cuda-$(FIPS_WITH_CUDA)
 # Two common GPU generations, with PTX of the first for what has neither; a release builds them all
 # (cmake/CudaArch.cmake).
 export CUDAARCHS ?= 80;90a-real
-SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python tests/cpp -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.txt' \))
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python tests/cpp -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.css' -o -name '*.cmake' -o -name '*.txt' \))
 
 .PHONY: test demo setup lint cpp-test python-test oldest-test asan-test cuda-audit format clean
 
@@ -81,7 +81,7 @@ python-test: $(INSTALLED) $(VENV)/.demo-data
 oldest-test: $(INSTALLED)
 	rm -rf build/oldest
 	$(BIN)/pip install -q --target build/oldest transformers==5.0.0
-	PYTHONPATH=build/oldest $(BIN)/python -m pytest tests/integrations/test_quantizer.py tests/integrations/test_transformers.py
+	PYTHONPATH=$(CURDIR)/build/oldest $(BIN)/python -m pytest tests/integrations/test_quantizer.py tests/integrations/test_transformers.py
 
 # Compiles the CUDA kernels for every architecture of a release and fails if one spills registers.
 RELEASE_CUDAARCHS := 80-real;86-real;89-real;90a-real;100;120-real
