@@ -46,6 +46,8 @@ Progress = Callable[[int, int], None]
 # tell: to be taken it must cost less than the plain identity by this share, beyond what chance may have done.
 _BASE_MARGIN = 0.05
 _STANDARD_ERRORS = 2
+# Predicted costs do not see how masks and bases get on with each other; below this share they tell nothing.
+_PREDICTED_MARGIN = 0.2
 _DISTILL_WORK = 2  # steps of every group that one of the whole model takes as long as
 
 
@@ -152,8 +154,13 @@ class Compression:
         if calibration is not None and len(recipe.bases) > 1:
             self._dense_losses = self._token_losses()
         if recipe.effective_ranking == "model":
-            # Plain pruning and a base need their bytes in different groups: divided is by the cheaper one.
-            _, plans = min((self._divided(base) for base in recipe.bases), key=lambda found: found[0])
+            # Plain pruning and a base need their bytes in different groups: divided is by the cheaper one, by
+            # the first unless the other is clearly so.
+            cost, plans = self._divided(recipe.bases[0])
+            for base in recipe.bases[1:]:
+                other, others = self._divided(base)
+                if other < (1 - _PREDICTED_MARGIN) * cost:
+                    cost, plans = other, others
             for group, plan in zip(self.groups, plans, strict=True):
                 group.plan, group.allowed = plan, plan.spent(recipe.budget)
 
