@@ -274,7 +274,7 @@ def _save_config(model: nn.Module, structure: Json, folder: Path) -> None:
 
 def attach(model: nn.Module) -> None:
     """Let the ``save_pretrained`` of a transformers model write what it is now; nothing for any other."""
-    if "transformers" in sys.modules:
+    if sys.modules.get("transformers") is not None:
         from .integrations.quantizer import attach as attach_to_transformers
 
         attach_to_transformers(model)
