@@ -23,6 +23,7 @@ from .errors import BudgetError, InvalidArgument
 from .init import LAYER_SCALE, Factors, ScoreCurve, SliceProblem, allocate, factorise, unit_scores
 from .layout import BlockSparse
 from .nn import SharedBase, SharedMLP, SparseFactor
+from .nn.base import base_label
 from .nn.factor import FloatValues
 from .recipe import Recipe
 from .report import LayerReport, Report
@@ -377,7 +378,7 @@ class Group:
                     before,
                     after,
                     seconds,
-                    _base_name(shared),
+                    base_label(shared.base.rank, shared.base.identity),
                 )
             )
         return reports
@@ -493,11 +494,6 @@ def clearly_less(costs: Tensor, least: Tensor) -> bool:
     saved = (least - costs).double()
     chance = float(saved.std()) / math.sqrt(saved.numel()) if saved.numel() > 1 else math.inf
     return float(saved.mean()) - _STANDARD_ERRORS * chance > _BASE_MARGIN * abs(float(least.double().mean()))
-
-
-def _base_name(mlp: SharedMLP) -> str:
-    parts = [f"U{mlp.base.rank}"] if mlp.base.rank else []
-    return "+".join([*parts, *(["I"] if mlp.base.identity else [])])
 
 
 def _check_rank(recipe: Recipe, mlps: list[DenseMLP]) -> None:

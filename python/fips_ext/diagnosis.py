@@ -87,7 +87,7 @@ def _software() -> Iterator[Finding]:
 def _cpu() -> Iterator[Finding]:
     try:
         _library.require()
-    except Exception as error:  # whatever the loader raises is what has to be shown
+    except ImportError as error:
         cure = "install fips_ext again, against the torch that is installed"
         yield Finding("ops", State.BROKEN, str(error), cure)
         return

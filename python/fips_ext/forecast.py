@@ -10,7 +10,9 @@ from torch import nn
 
 from . import budget
 from ._compress import group_mlps, select, shape_of
+from .errors import BudgetError
 from .init import unit_scores
+from .nn.base import base_label
 from .recipe import Recipe
 from .surgery import DenseMLP, find_mlps
 from .train import check_weights, weight_problems
@@ -69,7 +71,7 @@ def _of_group(group: list[DenseMLP], recipe: Recipe) -> list[GroupForecast]:
     for base in recipe.bases:
         try:
             plans.append(budget.solve(dataclasses.replace(recipe, base=base), shape))
-        except budget.BudgetError:
+        except BudgetError:
             if len(recipe.bases) == 1:
                 raise
     if not plans:
@@ -78,7 +80,7 @@ def _of_group(group: list[DenseMLP], recipe: Recipe) -> list[GroupForecast]:
     return [
         GroupForecast(
             layers=[mlp.name for mlp in group],
-            base="+".join([*([f"U{plan.rank}"] if plan.rank else []), *(["I"] if plan.identity else [])]),
+            base=base_label(plan.rank, plan.identity),
             density=plan.density,
             dense_bytes=shape.dense_bytes,
             nbytes=plan.nbytes,

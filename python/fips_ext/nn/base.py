@@ -6,6 +6,11 @@ import torch
 from torch import Tensor, nn
 
 
+def base_label(rank: int, identity: bool) -> str:
+    """``U<rank>``, ``I``, or both joined by a plus."""
+    return "+".join([*([f"U{rank}"] if rank else []), *(["I"] if identity else [])])
+
+
 class SharedBase(nn.Module):
     """``U [d, r]``, registered once by one owner and referred to by every layer of its group.
 

@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from ..nn.base import base_label
 from . import svg
 from .facts import Facts, Group, Layer
-from .tables import base_name, components, rates, speeds
+from .tables import components, rates, speeds
 
 _STYLE = (importlib.resources.files(__package__) / "style.css").read_text(encoding="utf-8")
 
@@ -88,7 +89,7 @@ def _groups(groups: list[Group], layers: list[Layer]) -> str:
     for number, group in enumerate(groups):
         names = [layer.name for layer in layers if layer.group == number]
         span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
-        parts.append(f"<h3>{escape(span)}: {base_name(group)}</h3>")
+        parts.append(f"<h3>{escape(span)}: {base_label(group.rank, group.identity)}</h3>")
         if group.spectrum:
             curve = {"singular values of U": list(enumerate(group.spectrum))}
             parts.append(svg.lines(curve, f"spectrum of base {number}", "base vector", "over the largest"))

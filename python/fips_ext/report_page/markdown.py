@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
+from ..nn.base import base_label
 from .facts import Facts
-from .tables import base_name, components, rates, speeds
+from .tables import components, rates, speeds
 
 
 def to_markdown(facts: Facts) -> str:
@@ -36,7 +37,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _layers(facts: Facts) -> Iterable[Sequence[str]]:
     for layer in facts.layers:
-        base = base_name(facts.groups[layer.group])
+        group = facts.groups[layer.group]
+        base = base_label(group.rank, group.identity)
         density = ", ".join(f"{role} {value:.3f}" for role, value in layer.density.items())
         ratio = "–" if not layer.dense_bytes else f"{layer.nbytes / layer.dense_bytes:.3f}"
         errors = ("–" if e is None else f"{e:.4f}" for e in (layer.error_before, layer.error_after))

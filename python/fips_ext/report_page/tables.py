@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .facts import Facts, Group
+from .facts import Facts
 
 
 def rates(facts: Facts) -> list[tuple[str, str, str, str]]:
@@ -33,11 +33,6 @@ def speeds(facts: Facts) -> list[tuple[str, str, str, str]]:
         (str(p.tokens), f"{p.dense:.3f}", f"{p.compressed:.3f}", f"{p.dense / p.compressed:.2f}")
         for p in facts.latency
     ]
-
-
-def base_name(group: Group) -> str:
-    """``U<rank>``, ``I``, or both."""
-    return "+".join([*([f"U{group.rank}"] if group.rank else []), *(["I"] if group.identity else [])])
 
 
 def megabytes(size: float) -> str:
