@@ -43,21 +43,21 @@ class Case(NamedTuple):
     activation: str
 
 
-def _llm(name: str, **options) -> nn.Module:
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+}
+
+
+def _llm(name: str, config: str | None = None, **options) -> nn.Module:
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=True,
-        **options,
-    )
-    return getattr(transformers, f"{name}ForCausalLM")(config)
+    sizes = {**_SIZES, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True, **options}
+    made = getattr(transformers, config or f"{name}Config")(**sizes)
+    return getattr(transformers, f"{name}ForCausalLM")(made)
 
 
 def _vit(name: str, head: str, **options) -> nn.Module:
@@ -87,15 +87,7 @@ def _swin() -> nn.Module:
 def _bert() -> nn.Module:
     import transformers
 
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-    )
-    return transformers.BertForMaskedLM(config)
+    return transformers.BertForMaskedLM(transformers.BertConfig(**_SIZES, max_position_embeddings=32))
 
 
 def _gpt2() -> nn.Module:
@@ -117,15 +109,7 @@ def _gpt2() -> nn.Module:
 def _phi() -> nn.Module:
     import transformers
 
-    config = transformers.PhiConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        pad_token_id=0,
-    )
-    return transformers.PhiForCausalLM(config)
+    return transformers.PhiForCausalLM(transformers.PhiConfig(**_SIZES, pad_token_id=0))
 
 
 def _opt() -> nn.Module:
@@ -146,28 +130,15 @@ def _opt() -> nn.Module:
     return transformers.OPTForCausalLM(config)
 
 
-def _gemma3() -> nn.Module:
-    import transformers
-
-    config = transformers.Gemma3TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
-    return transformers.Gemma3ForCausalLM(config)
-
-
 CASES = {
     "llama": Case(lambda: _llm("Llama"), "ids", "model.layers.0.mlp", 3, True, "silu"),
     "qwen2": Case(lambda: _llm("Qwen2"), "ids", "model.layers.0.mlp", 3, True, "silu"),
     "gemma2": Case(lambda: _llm("Gemma2"), "ids", "model.layers.0.mlp", 3, True, "gelu_tanh"),
     "mistral": Case(lambda: _llm("Mistral"), "ids", "model.layers.0.mlp", 3, True, "silu"),
     "qwen3": Case(lambda: _llm("Qwen3"), "ids", "model.layers.0.mlp", 3, True, "silu"),
-    "gemma3": Case(_gemma3, "ids", "model.layers.0.mlp", 3, True, "gelu_tanh"),
+    "gemma3": Case(
+        lambda: _llm("Gemma3", "Gemma3TextConfig"), "ids", "model.layers.0.mlp", 3, True, "gelu_tanh"
+    ),
     "phi": Case(_phi, "ids", "model.layers.0.mlp", 3, False, "gelu_tanh"),
     "phi3": Case(
         lambda: _llm("Phi3", pad_token_id=0, eos_token_id=1), "ids", "model.layers.0.mlp", 3, True, "silu"
