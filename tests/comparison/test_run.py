@@ -43,9 +43,11 @@ class Bench:
             error = (model(self.x).logits - self.expected).float().square().mean()
         return {"x": {"name": "error", "value": float(error), "relative": False}}
 
-    def run(self, path: Path, methods=METHODS, ratios=(0.8,), command="first", **common):
+    def run(self, path: Path, methods=METHODS, ratios=(0.8,), command="first", every_stage=True, **common):
         self.results = Results(path, {"model": "llama"}, {"command": command})
-        settings = Settings({**COMMON, **common}, self.evaluate, lambda *_: {"decode_ratio": 1.5})
+        settings = Settings(
+            {**COMMON, **common}, self.evaluate, lambda *_: {"decode_ratio": 1.5}, every_stage=every_stage
+        )
         cells = [Cell(method, ratio) for ratio in ratios for method in methods]
         self.notes: list[str] = []
         return run_cells(self.model, cells, self.data, settings, self.results, note=self.notes.append)
@@ -76,6 +78,24 @@ def test_a_cell_is_what_compress_gives(tmp_path: Path, dtype: torch.dtype) -> No
     start = copy.deepcopy(bench.model)
     compress(start, Recipe.from_dict({**row.recipe, "distill_steps": 0, "steps": 0}), bench.calibration)
     assert bench.evaluate(start) == row.quality["closed form"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "last"),
+    [
+        ({"steps": 0}, "closed form"),
+        ({"distill_steps": 0}, "trained"),
+        ({"distill_steps": 2, "distill_learning_rate": 0.001}, "distilled"),
+    ],
+)
+def test_can_look_at_the_last_stage_alone(tmp_path: Path, stages: dict, last: str) -> None:
+    bench = Bench()
+    (every,) = bench.run(tmp_path / "every.json", METHODS[:1], **stages)
+    calls = bench.calls
+    (one,) = bench.run(tmp_path / "one.json", METHODS[:1], every_stage=False, **stages)
+    assert bench.calls == calls + 2  # the dense model, and once
+    assert one.quality == {last: every.quality[last]}
+    assert set(one.seconds) == set(every.seconds)
 
 
 def test_goes_on_where_it_stopped(tmp_path: Path) -> None:

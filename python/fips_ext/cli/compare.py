@@ -66,7 +66,8 @@ def compare_methods(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Little text, 6 training steps, no distillation: shows the order, not the best."
+            "--quick",
+            help="Little text, 6 training steps, scored after the last: shows the order, not the best.",
         ),
     ] = False,
     out: Annotated[
@@ -104,8 +105,8 @@ def compare_methods(
     """Compare FiPS with pruning and low rank: equal bytes, equal data, equal training.
 
     Every method is a recipe of the same code and works from one calibration. Perplexity is relative to the
-    dense model, in the closed form and after every training stage; speed is measured in turns with the dense
-    model. Interrupted, the same command goes on where it stopped.
+    dense model, in the closed form and after every training stage (`--quick`: after the last); speed is
+    measured in turns with the dense model. Interrupted, the same command goes on where it stopped.
 
     Examples:
 
@@ -167,7 +168,7 @@ def compare_methods(
     data = calibration_windows(content, tokenizer, common["calibration_tokens"], kept)
     rows = []
     for seed in seed_list:
-        settings = Settings({**common, "seed": seed}, quality, speed)
+        settings = Settings({**common, "seed": seed}, quality, speed, every_stage=not quick)
         rows += run_cells(dense, cells, data, settings, results, note=note, progress_bar=progress_bar)
     tables = publish(results, rows, out)
     if as_json:

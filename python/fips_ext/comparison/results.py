@@ -27,8 +27,9 @@ class Row:
         method, family: see :class:`~.methods.Method`.
         ratio: asked for.
         seed: of the recipe.
-        quality: after each of :data:`STAGES` that ran, per text (or other measure): at least its ``name``,
-            its ``value``, lower is better, and whether it is shown ``relative`` to that of the dense model.
+        quality: after each of :data:`STAGES` that ran, or the last of them, per text (or other measure): at
+            least its ``name``, its ``value``, lower is better, and whether it is shown ``relative`` to that
+            of the dense model.
         mlp_ratio, linear_ratio, model_ratio, macs_ratio: reached; see :class:`fips_ext.Report`.
         speed: ``decode_ratio`` and ``prefill_ratio`` over dense and more, where it was measured.
         seconds: per stage, measuring left out.
