@@ -19,8 +19,8 @@ _DASHES = {"bitmap": "-", "block": "--", "low rank": ":"}
 def plot(results: Results, rows: list[Row], text: str, path: Path) -> None:
     """Write a picture (the suffix decides the format).
 
-    Every method is a line over its ratios: hollow marks after the closed form, full ones after its last
-    stage. Seeds are points of their own.
+    Every method is a line over its ratios: full marks after its last stage, hollow ones after the closed
+    form where that was looked at too. Seeds are points of their own.
 
     Args:
         text: whose quality is drawn.
@@ -41,14 +41,16 @@ def plot(results: Results, rows: list[Row], text: str, path: Path) -> None:
                 continue
             x = [value(row) for row in mine]
             last = [shown(row.last[text], dense) for row in mine]
-            first = [shown(row.quality[STAGES[0]][text], dense) for row in mine]
+            trained = [row for row in mine if len(row.quality) > 1]
             style = {
                 "color": f"C{number % 10}",
                 "marker": _MARKERS[number % len(_MARKERS)],
                 "linestyle": _DASHES[mine[0].family.partition(":")[0]],
             }
             axis.plot(x, last, label=method, **style)
-            if any(len(row.quality) > 1 for row in mine):
+            if trained:
+                x = [value(row) for row in trained]
+                first = [shown(row.quality[STAGES[0]][text], dense) for row in trained]
                 axis.plot(x, first, **{**style, "linestyle": "none"}, markerfacecolor="none", alpha=0.6)
         axis.set_xlabel(title)
         if _spread(results, rows, text) > _LOG_SPREAD:
@@ -56,7 +58,9 @@ def plot(results: Results, rows: list[Row], text: str, path: Path) -> None:
         axis.grid(True, which="both", alpha=0.25)
     axes[0][0].set_ylabel(label(dense, text))
     axes[0][0].legend(fontsize="small")
-    title = f"{results.setting['model']}\nfull marks after the last stage, hollow after the closed form"
+    title = f"{results.setting['model']}\nmarks after the last stage"
+    if any(len(row.quality) > 1 for row in rows):
+        title += ", hollow ones after the closed form"
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=150)
     plt.close(figure)
