@@ -100,7 +100,7 @@ class Recipe:
     tokens_per_step: int = 1024
     learning_rate: float = 0.01
     distill_steps: int = 0
-    distill_learning_rate: float = 0.003
+    distill_learning_rate: float = 0.0015
     calibration_tokens: int = 32768
     seed: int = 0
     include: tuple[str, ...] | None = None
