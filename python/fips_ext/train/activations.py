@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgument, NumericalError
 from ..surgery import DenseMLP
-from .sensitivity import SensitivityMeter
+from .sensitivity import SensitivityMeter, named_output
 
 # Of the tokens: a backward pass costs twice a forward pass, and second moments need no more.
 _METERED_SHARE, _METERED_TOKENS = 0.25, 8192
@@ -136,7 +136,7 @@ def collect(
             attention = token_mask(kwargs)
             if store.found < metered:
                 with torch.enable_grad(), evaluating(model), meter.attached():
-                    meter.backward(model(*args, **kwargs), attention)
+                    meter.backward(named_output(model, model(*args, **kwargs)), attention)
             else:
                 with torch.no_grad(), evaluating(model):
                     model(*args, **kwargs)

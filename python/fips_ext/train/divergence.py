@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import NumericalError
 from ..surgery import DenseMLP
 from .activations import evaluating, model_arguments, product_dtype, token_mask
-from .sensitivity import output_features
+from .sensitivity import named_output, output_features
 
 _CHUNK = 256  # rows of logits in float32 at a time
 
@@ -64,9 +64,9 @@ class Divergence:
         args, kwargs = model_arguments(batch, self._device)
         with evaluating(self._model):
             with torch.no_grad(), _originals(self._dense):
-                expected, is_logits = _result(self._model(*args, **kwargs))
+                expected, is_logits = self._result(args, kwargs)
             with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-                found, _ = _result(self._model(*args, **kwargs))
+                found, _ = self._result(args, kwargs)
         tokens = token_mask(kwargs)
         if tokens is None or tokens.shape != found.shape[:-1]:
             tokens = torch.ones(found.shape[:-1], dtype=torch.bool)
@@ -94,6 +94,12 @@ class Divergence:
             rows.backward(gradient)
         return found_losses
 
+    def _result(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, bool]:
+        """The tensor that is compared, and whether it holds logits of classes."""
+        output = named_output(self._model, self._model(*args, **kwargs))
+        logits = getattr(output, "logits", None)
+        return (output_features(output), False) if logits is None else (logits, True)
+
 
 def _mean(losses: Tensor) -> float:
     return float(losses.sum()) / max(1, losses.numel())
@@ -109,12 +115,6 @@ def _logit_divergence(logits: Tensor, expected: Tensor) -> Tensor:
 def _feature_divergence(features: Tensor, expected: Tensor) -> Tensor:
     power = expected.square().sum(-1).clamp_min(torch.finfo(expected.dtype).tiny)
     return 0.5 * (features - expected).square().sum(-1) / power
-
-
-def _result(output: Any) -> tuple[Tensor, bool]:
-    """The tensor that is compared, and whether it holds logits of classes."""
-    logits = getattr(output, "logits", None)
-    return (output_features(output), False) if logits is None else (logits, True)
 
 
 @contextlib.contextmanager

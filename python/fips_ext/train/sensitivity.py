@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +127,17 @@ class SensitivityMeter:
         """A probe whose second moment is that of ``½ ‖f − f₀‖² / ‖f₀‖²``."""
         noise = torch.randn(features.shape, generator=self._generator, device=features.device)
         return noise / features.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
+
+
+class _Logits(NamedTuple):
+    logits: Tensor
+
+
+def named_output(model: nn.Module, output: Any) -> Any:
+    """``output``, as ``logits`` where it is the bare ``[B, num_classes]`` of a classifier (timm's)."""
+    classes = getattr(model, "num_classes", None)
+    bare = isinstance(output, Tensor) and output.dim() == 2 and classes == output.shape[1]
+    return _Logits(output) if bare else output
 
 
 def output_features(output: Any) -> Tensor:
