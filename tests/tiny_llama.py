@@ -46,9 +46,9 @@ def tiny_llama(**changes: Any) -> Any:
         return LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).eval()
 
 
-def save_tiny_llama(folder: Path) -> Path:
+def save_tiny_llama(folder: Path, **changes: Any) -> Path:
     """The model and its tokenizer as transformers saves them."""
-    tiny_llama().save_pretrained(folder)
+    tiny_llama(**changes).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -28,6 +28,7 @@ from ._structure import (
     retie,
 )
 from .errors import CheckpointError, InvalidArgument
+from .integrations import timm as timm_models
 from .model_card import model_card
 from .nn.factor import SparseFactor
 from .recipe import Recipe
@@ -66,8 +67,8 @@ def save_pretrained(
     """Write a compressed model to ``directory``, all or nothing.
 
     Args:
-        model: holds at least one ``SharedMLP``. A transformers model is saved with its config, so that
-            :func:`from_pretrained` can build it; any other needs ``from_pretrained(model=...)``.
+        model: holds at least one ``SharedMLP``. A model of transformers or timm is saved with its config, so
+            that :func:`from_pretrained` can build it; any other needs ``from_pretrained(model=...)``.
         recipe: the ``Recipe`` that made it.
         report: a JSON-able dict, or an object with ``to_dict()``.
         tokenizer: anything with ``save_pretrained(directory)``: a tokenizer or an image processor.
@@ -102,8 +103,7 @@ def save_pretrained(
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))
             # Last: a tokenizer may bring a card of its own.
-            architecture = type(model).__name__ if (folder / _CONFIG).is_file() else None
-            card = model_card(document, info(folder)["ratios"], architecture)
+            card = model_card(document, info(folder)["ratios"], _library(folder))
             (folder / _CARD).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         kept = "; the checkpoint that was there is unchanged" if target.exists() else ""
@@ -121,7 +121,7 @@ def from_pretrained(
 
     Args:
         model: a freshly built dense model of the same architecture, which is changed in place; needed where
-            transformers has no class for it. Its weights do not matter and may be on the meta device.
+            neither transformers nor timm has it. Its weights do not matter and may be on the meta device.
         device: where the model goes.
         dtype: of the floating tensors; None keeps that of the file.
 
@@ -259,7 +259,10 @@ def _jsonable(name: str, value: Any) -> Any:
 
 
 def _save_config(model: nn.Module, structure: Json, folder: Path) -> None:
-    """The config and generation config of a transformers model; nothing for any other."""
+    """The config of a transformers or timm model, and what it generates by; nothing for any other."""
+    if timm_models.is_timm(model):
+        timm_models.save_config(model, folder)
+        return
     config = getattr(model, "config", None)
     if not hasattr(config, "save_pretrained"):
         return
@@ -304,13 +307,27 @@ def _read_structure(folder: Path) -> Json:
     return check_structure(structure, str(path))
 
 
+def _read_config(folder: Path) -> Any:
+    """The content of ``config.json``; None where there is none, or none that is JSON."""
+    try:
+        return json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def _written_by_transformers(folder: Path) -> bool:
     """Whether a folder is what ``save_pretrained`` of transformers makes of a compressed model."""
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        return config["quantization_config"]["quant_method"] == "fips" and not (folder / _STRUCTURE).exists()
-    except (OSError, ValueError, TypeError, KeyError):
+        method = _read_config(folder)["quantization_config"]["quant_method"]
+    except (TypeError, KeyError):
         return False
+    return method == "fips" and not (folder / _STRUCTURE).exists()
+
+
+def _library(folder: Path) -> str | None:
+    """The library that has the class of a checkpoint."""
+    config = _read_config(folder)
+    return None if config is None else "timm" if timm_models.is_timm_config(config) else "transformers"
 
 
 def _skeleton(folder: Path, structure: Json) -> nn.Module:
@@ -319,6 +336,8 @@ def _skeleton(folder: Path, structure: Json) -> nn.Module:
             f"directory: {str(folder)!r} has no {_CONFIG}, so {structure.get('model_class')} cannot be "
             "built; build it and pass it as model="
         )
+    if timm_models.is_timm_config(config := _read_config(folder)):
+        return timm_models.empty_timm(config)
     from transformers import AutoConfig, GenerationConfig
 
     from .integrations.transformers import empty_model

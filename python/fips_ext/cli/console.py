@@ -31,6 +31,13 @@ TextOption = Annotated[
     typer.Option(help="UTF-8 text file. Default: the Wikipedia extract of the gensim package."),
 ]
 
+ImagesOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder of images, for a model that sees.")
+]
+WeightsOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Weights of timm:NAME, .safetensors or .pth.")
+]
+
 
 def stdout() -> Console:
     return Console()

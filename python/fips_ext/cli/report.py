@@ -32,15 +32,18 @@ def report(
     - `fips report small --out small.html --no-measure`
     """
     from .._atomic import replace_file
-    from ..models import load_model
+    from ..checkpoint import from_pretrained
+    from ..models import check_device, load_tokenizer
     from ..nn.mlp import shared_mlps
     from ..report_page import collect, to_html, to_markdown
     from ..report_page.latency import measure as measure_latency
     from ..throughput import generate_text
 
+    check_device(device)
     quiet_transformers()
     note(f"loading {directory}")
-    model, tokenizer = load_model(directory, None, device)
+    model = from_pretrained(directory, device=device)
+    tokenizer = load_tokenizer(directory)
     latency, samples = [], []
     if measure:
         note("measuring the first MLP")
