@@ -15,11 +15,11 @@ INSTALLED := $(VENV)/.installed-cuda-$(FIPS_WITH_CUDA)
 # Two common GPU generations, with PTX of the first for what has neither; a release builds them all
 # (cmake/CudaArch.cmake).
 export CUDAARCHS ?= 80;90a-real
-SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python tests/cpp -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.css' -o -name '*.cmake' -o -name '*.txt' \))
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python tests/cpp -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.css' -o -name '*.cmake' -o -name '*.in' -o -name '*.txt' \))
 
-.PHONY: test demo setup lint cpp-test python-test oldest-test asan-test cuda-audit format clean
+.PHONY: test demo setup lint cpp-test python-test timm-test oldest-test asan-test cuda-audit format clean
 
-test: setup lint cpp-test asan-test python-test
+test: setup lint cpp-test asan-test python-test timm-test
 
 demo: $(INSTALLED) $(VENV)/.demo-data
 	$(BIN)/fips demo --out demo-out
@@ -57,13 +57,13 @@ gtest:
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp' \
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp' 'examples/cpp/*.cpp' \
 	  | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp' \
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp' 'examples/cpp/*.cpp' \
 	  | xargs -r $(BIN)/clang-format -i
 
 cpp-test: $(INSTALLED)
@@ -76,6 +76,15 @@ asan-test: $(VENV)/.tools | gtest
 
 python-test: $(INSTALLED) $(VENV)/.demo-data
 	FIPS_EMULATED_LIBRARY=$(CURDIR)/$(BUILD)/tests/cpp/fips_emulated.so $(BIN)/python -m pytest
+
+# In a folder of its own: a torchvision that was built for another torch must not be seen by anything else.
+TIMM := timm==1.0.31 torchvision==0.28.0
+build/timm: $(VENV)/.tools Makefile
+	rm -rf $@
+	$(BIN)/pip install -q --no-deps --target $@ $(TIMM)
+
+timm-test: $(INSTALLED) build/timm
+	PYTHONPATH=$(CURDIR)/build/timm $(BIN)/python -m pytest tests/integrations/test_timm.py
 
 # What touches transformers, with the oldest one that pyproject.toml allows.
 oldest-test: $(INSTALLED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,18 @@ def test_runs_as_a_module():
     command = [sys.executable, "-m", "fips_ext", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("fips_ext ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [("fips com", ["compress", "compare"]), ("fips compress --exc", ["--exclude"])],
+)
+def test_shells_complete(typed: str, expected: list[str]):
+    words = typed.split()
+    environment = {"_FIPS_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    command = [Path(sys.executable).parent / "fips"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert result.stdout.split() == expected, result.stderr
 
 
 @pytest.mark.parametrize(
