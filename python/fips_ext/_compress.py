@@ -43,8 +43,8 @@ from .train import (
 )
 
 Progress = Callable[[int, int], None]
-# A base with values of its own fits its calibration data more closely than held-out tokens of the same source
-# tell: to be taken it must cost less than the plain identity by this share, beyond what chance may have done.
+# To be taken in place of the base that was predicted to be the cheaper one, another must cost less by this
+# share, beyond what chance may have done: what fits its calibration data closely flatters itself a little.
 _BASE_MARGIN = 0.05
 _STANDARD_ERRORS = 2
 # Predicted costs do not see how masks and bases get on with each other; below this share they tell nothing.
@@ -190,13 +190,13 @@ class Compression:
     def initialise(self, group: Group) -> None:
         """The closed form, float32, not yet in the model; settles ``group.plan``.
 
-        Of the bases that the recipe allows, at the same bytes, the one that clearly costs the model's
-        predictions less, see :meth:`_costs_alone`; where none does, the plain identity.
+        Of the bases that the recipe allows, at the same bytes, the one that bytes were divided for, unless
+        another clearly costs the model's predictions less, see :meth:`_costs_alone`.
         """
         start = time.perf_counter()
         problems, device = self._problems(group), group.mlps[0].up.weight.device
         least = None
-        plans = sorted([group.plan, *self._other_plans(group)], key=lambda plan: plan.bases)
+        plans = [group.plan, *self._other_plans(group)]
         for plan in plans:
             factors = factorise(problems, plan, self.recipe)
             shared = [mlp.to(device) for mlp in build(group.mlps, factors, plan)]
