@@ -86,11 +86,14 @@ build/timm: $(VENV)/.tools Makefile
 timm-test: $(INSTALLED) build/timm
 	PYTHONPATH=$(CURDIR)/build/timm $(BIN)/python -m pytest tests/integrations/test_timm.py
 
-# What touches transformers, with the oldest one that pyproject.toml allows.
+# What touches transformers and timm, with the oldest ones that pyproject.toml allows.
 oldest-test: $(INSTALLED)
 	rm -rf build/oldest
 	$(BIN)/pip install -q --target build/oldest transformers==5.0.0
 	PYTHONPATH=$(CURDIR)/build/oldest $(BIN)/python -m pytest tests/integrations/test_quantizer.py tests/integrations/test_transformers.py
+	rm -rf build/oldest-timm
+	$(BIN)/pip install -q --no-deps --target build/oldest-timm timm==1.0.12 torchvision==0.28.0
+	PYTHONPATH=$(CURDIR)/build/oldest-timm $(BIN)/python -m pytest tests/integrations/test_timm.py
 
 # Compiles the CUDA kernels for every architecture of a release and fails if one spills registers.
 RELEASE_CUDAARCHS := 80-real;86-real;89-real;90a-real;100;120-real

@@ -20,6 +20,8 @@ message(STATUS "torch ${torch_version}: ${torch_include}")
 
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE ${torch_include})
+target_compile_options(torch_stable INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-fmacro-prefix-map=${torch_include}/=>)  # as for our own sources
 # 2.11 is the oldest ABI we ask for; the binary then runs on every later torch.
 target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020b000000000000)
 # libtorch.so (not only libtorch_cpu.so) must stay a dependency: a CUDA torch provides the current stream

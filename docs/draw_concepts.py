@@ -12,6 +12,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import ListedColormap
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 FOLDER = Path(__file__).parent / "images"
@@ -27,15 +28,13 @@ def panel(width: float, height: float):
 
 
 def grid(axis, x: float, y: float, kept: np.ndarray, cell: float, colour: str) -> None:
+    """``kept``, upper left corner at ``(x, y)``; an image, because a path for each cell is a large file."""
     rows, columns = kept.shape
-    for i in range(rows):
-        for j in range(columns):
-            face = colour if kept[i, j] else EMPTY
-            place = (x + j * cell, y - (i + 1) * cell)
-            axis.add_patch(Rectangle(place, cell, cell, facecolor=face, edgecolor="white", linewidth=0.4))
-    axis.add_patch(
-        Rectangle((x, y - rows * cell), columns * cell, rows * cell, fill=False, edgecolor=INK, linewidth=0.8)
-    )
+    shades = ListedColormap([EMPTY, colour])
+    extent = (x, x + columns * cell, y - rows * cell, y)
+    axis.imshow(kept, cmap=shades, vmin=0, vmax=1, extent=extent, interpolation="none", zorder=1)
+    frame = (x, y - rows * cell), columns * cell, rows * cell
+    axis.add_patch(Rectangle(*frame, fill=False, edgecolor=INK, linewidth=0.8, zorder=2))
 
 
 def shared_base() -> None:

@@ -18,7 +18,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # Name, width and height in pixels, further switches.
 VIEWS = (
     ("report", 1100, 1500, ()),
-    # A window cannot be narrower than 500 pixels; the phone is a frame in a page.
+    # A window of the browser cannot be narrower.
     ("report-phone", 500, 1100, ("--blink-settings=preferredColorScheme=0",)),
 )
 

@@ -79,8 +79,8 @@ def audit_library(path: Path) -> list[str]:
     problems = [f"{path.name} needs {name}" for name in needed if not ALLOWED_LIBRARIES.match(name)]
     if re.search(r"\((RPATH|RUNPATH)\)", out):
         problems.append(f"{path.name} has an RPATH: it would look for libraries where it was built")
-    if str(ROOT).encode() in path.read_bytes():
-        problems.append(f"{path.name} names the folder it was built in")
+    if found := re.search(rb"/[\w./-]+/csrc/[\w./-]+", path.read_bytes()):
+        problems.append(f"{path.name} names a folder of the machine that built it: {found[0].decode()}")
     return problems
 
 

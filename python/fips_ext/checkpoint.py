@@ -261,7 +261,8 @@ def _jsonable(name: str, value: Any) -> Any:
 def _save_config(model: nn.Module, structure: Json, folder: Path) -> None:
     """The config of a transformers or timm model, and what it generates by; nothing for any other."""
     if timm_models.is_timm(model):
-        timm_models.save_config(model, folder)
+        if (timm_config := timm_models.timm_config(model)) is not None:
+            (folder / _CONFIG).write_text(json.dumps(timm_config, indent=2) + "\n", encoding="utf-8")
         return
     config = getattr(model, "config", None)
     if not hasattr(config, "save_pretrained"):

@@ -63,6 +63,8 @@ def accuracy(
         InvalidArgument: the model is no classifier, or the folder tells no labels.
         NumericalError: a prediction is NaN or Inf.
     """
+    if batch_size < 1:
+        raise InvalidArgument(f"batch_size: got {batch_size}; expected at least 1")
     names = class_names(model)
     images = labelled_images(folder, names)
     parameter = next(model.parameters())

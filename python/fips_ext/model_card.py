@@ -19,8 +19,8 @@ def model_card(document: Json, ratios: dict[str, float], library: str | None) ->
     name = document["model_class"].rpartition(".")[2]
     lines = [
         "---",
-        f"library_name: {library or 'fips_ext'}",
-        "tags: [fips, compressed]",
+        f"library_name: {'transformers' if library == 'transformers' else 'fips_ext'}",
+        f"tags: [fips, compressed{', timm' if library == 'timm' else ''}]",
         "---",
         "",
         f"# {name}, compressed with fips_ext {document['fips_ext']}",

@@ -82,8 +82,7 @@ def load_image_model(
     """
     device = check_device(device)
     if str(spec).startswith(TIMM):
-        model = load_timm(str(spec).removeprefix(TIMM), weights)
-        model = model if dtype is None else model.to(dtype)
+        model = load_timm(str(spec).removeprefix(TIMM), weights, dtype)
     elif weights is not None:
         raise InvalidArgument(f"weights: belongs to {TIMM}NAME, and {str(spec)!r} has its own; leave it out")
     else:

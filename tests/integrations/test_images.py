@@ -67,7 +67,8 @@ def test_calibration_sees_every_image_once(folder: Path) -> None:
     ("names", "expected"),
     [
         (["c", "x", "b", "a"], [3, 3, 3, 2, 2, 0, 0, 0, 0]),  # by their names
-        (["one", "two", "three"], [0, 0, 0, 1, 1, 2, 2, 2, 2]),  # as many as classes
+        (["0", "1", "2"], [0, 0, 0, 1, 1, 2, 2, 2, 2]),  # the model knows no names
+        (["LABEL_0", "LABEL_1", "LABEL_2"], [0, 0, 0, 1, 1, 2, 2, 2, 2]),
     ],
 )
 def test_labels(folder: Path, names: list[str], expected: list[int]) -> None:
@@ -80,14 +81,38 @@ def test_labels_that_are_numbers(tmp_path: Path) -> None:
     assert {path.parent.name: label for path, label in labelled_images(tmp_path, names)} == {"10": 10, "2": 2}
 
 
+def test_labels_that_are_wordnet_ids(tmp_path: Path) -> None:
+    save_images(tmp_path, {"n01484850": 1, "n01440764": 2})
+    found = [label for _, label in labelled_images(tmp_path, ["tench", "great white shark"])]
+    assert found == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["A", "B", "C"],  # nearly
+        ["cat", "dog", "cow"],  # others, though as many
+        ["a", "b", "c", "c"],  # which c?
+        [str(number) for number in range(7)],  # fewer folders than classes
+    ],
+)
+def test_labels_in_doubt_are_refused(folder: Path, names: list[str]) -> None:
+    with pytest.raises(InvalidArgument, match="cannot be told"):
+        labelled_images(folder, names)
+
+
+def test_numbers_that_start_at_one_are_refused(tmp_path: Path) -> None:
+    save_images(tmp_path, {"1": 1, "2": 1, "3": 1})
+    with pytest.raises(InvalidArgument, match="by the numbers \\(from 0\\)"):
+        labelled_images(tmp_path, ["0", "1", "2"])
+
+
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="not a folder"):
         image_files(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidArgument, match="holds no image"):
         image_files(tmp_path / "empty")
-    with pytest.raises(InvalidArgument, match=r"3 folders \(a, b, c, …\), the model knows 7 classes"):
-        labelled_images(folder, [str(number) for number in range(7)])
     (folder / "loose.png").write_bytes((folder / "a" / "0.png").read_bytes())
     with pytest.raises(InvalidArgument, match=r"loose.png has no label"):
         labelled_images(folder, ["a", "b", "c"])
@@ -158,6 +183,8 @@ def test_speed_is_a_ratio() -> None:
     assert speed.batch_size == 4
     with pytest.raises(InvalidArgument, match="batch_size"):
         compare_speed(model, model, (3, 8, 8), batch_size=0)
+    with pytest.raises(InvalidArgument, match="batch_size"):
+        accuracy(model, "images", pixels, batch_size=0)
 
 
 # -- transformers --------------------------------------------------------------------------------------
@@ -198,6 +225,8 @@ def test_the_commands_refuse(vit: Path, folder: Path, tmp_path: Path) -> None:
     assert "belongs to timm:NAME" in run(*compress, "--weights", "w.pth", code=2).stderr
     assert "tokens found" in run(*compress, "--images", folder, "--base", "identity", code=1).stderr
     assert "give it" in run("bench", vit, code=2).stderr
+    assert "exclude each other" in run("eval", vit, "--images", folder, "--text", __file__, code=2).stderr
+    assert "belongs to timm:NAME" in run("eval", vit, "--weights", "w.pth", code=2).stderr
     with pytest.raises(InvalidArgument, match="predicts no tokens"):
         load_model(vit)
 

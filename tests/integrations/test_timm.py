@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ except RuntimeError:
         _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import timm
+from PIL import Image
 from typer.testing import CliRunner
 
 import fips_ext
@@ -35,6 +37,7 @@ from fips_ext.cli import app
 from fips_ext.errors import CheckpointError, InvalidArgument
 from fips_ext.integrations import timm as integration
 from fips_ext.integrations.images import class_names, labelled_images
+from fips_ext.integrations.timm import preprocessing
 from fips_ext.models import load_image_model, load_model, reads_images
 from fips_ext.surgery import find_mlps
 
@@ -63,6 +66,11 @@ CASES = {
     "swiglu": ("vit_giant_patch14_dinov2", VIT, 3, True, "silu"),
     "beit": ("beit_base_patch16_224", VIT, 3, False, "gelu"),
 }
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("pwned"),)
 
 
 def build(name: str):
@@ -106,7 +114,8 @@ def test_compress_save_load_compile_export(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"num_classes": 7}, {"num_classes": 0}, {"img_size": 32}, {"in_chans": 1}]
+    "arguments",
+    [{"num_classes": 7}, {"num_classes": 0}, {"img_size": 32}, {"in_chans": 1}, {"global_pool": "avg"}],
 )
 def test_is_built_from_its_folder(arguments: dict, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -115,7 +124,7 @@ def test_is_built_from_its_folder(arguments: dict, tmp_path: Path) -> None:
     fips_ext.save_pretrained(dense, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["architecture"] == "vit_tiny_patch16_224"
-    assert "library_name: timm" in (tmp_path / "m" / "README.md").read_text()
+    assert "tags: [fips, compressed, timm]" in (tmp_path / "m" / "README.md").read_text()
     model = fips_ext.from_pretrained(tmp_path / "m")
     x = torch.randn(2, arguments.get("in_chans", 3), *[arguments.get("img_size", 224)] * 2)
     with torch.no_grad():
@@ -123,14 +132,56 @@ def test_is_built_from_its_folder(arguments: dict, tmp_path: Path) -> None:
     assert model.pretrained_cfg["mean"] == dense.pretrained_cfg["mean"]
 
 
-def test_a_folder_of_an_unknown_architecture(tmp_path: Path) -> None:
-    dense, _ = build("vit")
+@pytest.mark.parametrize("arguments", [{"num_heads": 1}, {"init_values": 1.0}, {"no_embed_class": True}])
+def test_what_would_be_built_otherwise_has_no_config(arguments: dict, tmp_path: Path) -> None:
+    """A number of heads changes no shape: the default one would load, and compute something else."""
+    dense = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
+    share(dense)
+    fips_ext.save_pretrained(dense, tmp_path / "m")
+    assert not (tmp_path / "m" / "config.json").exists()
+    with pytest.raises(CheckpointError, match="pass it as model="):
+        fips_ext.from_pretrained(tmp_path / "m")
+    again = timm.create_model("vit_tiny_patch16_224", **arguments)
+    model, x = fips_ext.from_pretrained(tmp_path / "m", model=again), torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(model(x), dense(x))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "vit_of_tomorrow"},
+        {"architecture": "hf-hub:timm/vit_tiny_patch16_224.augreg_in21k"},
+        {"architecture": "local-dir:."},
+        {"model_args": {"checkpoint_path": "evil.pth"}},
+        {"model_args": {"num_classes": "many"}},
+        {"model_args": ["num_classes"]},
+        {"data": None},
+    ],
+)
+def test_a_config_is_data(changes: dict, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    dense = timm.create_model("vit_tiny_patch16_224")
     share(dense)
     fips_ext.save_pretrained(dense, tmp_path / "m")
     path = tmp_path / "m" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "architecture": "vit_of_tomorrow"}))
-    with pytest.raises(CheckpointError, match=r"cannot build 'vit_of_tomorrow'.*pass model="):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         fips_ext.from_pretrained(tmp_path / "m")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_images_are_prepared_for_the_size_of_the_model() -> None:
+    image = Image.new("RGB", (100, 80))
+    assert preprocessing(build("vit")[0])(image).shape == (3, 32, 32)
+    with pytest.raises(InvalidArgument, match="reads 1 channels"):
+        preprocessing(timm.create_model("vit_tiny_patch16_224", in_chans=1))
+
+
+def test_features_are_no_classifier() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", features_only=True)
+    assert not integration.is_timm(model)
 
 
 # -- weights from files ---------------------------------------------------------------------------------
@@ -174,9 +225,43 @@ def test_weights_without_a_head(tmp_path: Path) -> None:
     assert model.num_classes == 0
 
 
+def test_weights_keep_their_dtype(tmp_path: Path) -> None:
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=3).bfloat16().state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    model, _ = load_image_model("timm:vit_tiny_patch16_224", tmp_path / "w.safetensors")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model, _ = load_image_model("timm:vit_tiny_patch16_224", tmp_path / "w.safetensors", torch.float32)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_weights_in_a_layout_that_timm_converts(tmp_path: Path) -> None:
+    """As the authors of Swin published theirs: the head has another name, stages end with downsampling."""
+    expected = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3).eval()
+
+    def original(name: str) -> str:
+        name = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name)
+        return name.replace("head.fc.", "head.")
+
+    state = {original(name): tensor for name, tensor in expected.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "swin.pth")
+    model, _ = load_image_model("timm:swin_tiny_patch4_window7_224", tmp_path / "swin.pth")
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected(x))
+
+
+def test_weights_that_leave_something_random(tmp_path: Path) -> None:
+    """timm itself takes any file for this one."""
+    save_file({"vision_model.head.weight": torch.ones(2, 2)}, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"leaves \d+ parameters random"):
+        load_image_model("timm:vit_base_patch16_siglip_gap_224", tmp_path / "w.safetensors")
+
+
 def test_refusals(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"has no 'deit_mini'; similar are deit"):
         load_image_model("timm:deit_mini", weights)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_image_model("timm:deit_tiny_patch16_224.of_nobody", weights)
     with pytest.raises(InvalidArgument, match="give its weights file"):
         load_image_model("timm:deit_tiny_patch16_224")
     with pytest.raises(InvalidArgument, match="is not a file"):
@@ -187,11 +272,6 @@ def test_refusals(weights: Path, tmp_path: Path) -> None:
         load_image_model(tmp_path, weights)
     with pytest.raises(InvalidArgument, match="give --images"):
         load_model("timm:deit_tiny_patch16_224")
-
-
-class Evil:
-    def __reduce__(self):
-        return Path.touch, (Path("pwned"),)
 
 
 def test_pickled_objects_are_refused(tmp_path: Path, monkeypatch) -> None:

@@ -68,8 +68,11 @@ def torch_dtype(choice: Enum | None) -> torch.dtype | None:
 
 
 def quiet_transformers() -> None:
-    """Silence the bars and advice of transformers; our own progress says what is going on."""
-    from transformers.utils import logging
+    """Silence the bars and advice of transformers, if it is there; our own progress says what goes on."""
+    try:
+        from transformers.utils import logging
+    except ModuleNotFoundError:
+        return
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -13,7 +13,7 @@ from ..classification import BATCH, Accuracy, ImageSpeed, accuracy, compare_spee
 from ..evaluate import CONTEXT, QUICK_WINDOWS, Perplexity, perplexity
 from ..integrations.images import input_shape
 from ..integrations.text import held_out_text, token_windows
-from ..models import check_device, load_image_model, load_model, reads_images
+from ..models import TIMM, check_device, load_image_model, load_model, reads_images
 from ..throughput import Comparison, Throughput, Workload, compare, measure
 from .console import (
     DeviceOption,
@@ -59,6 +59,10 @@ def evaluate(
     - `fips eval small-vit --images imagenet/val`
     """
     check_device(device)
+    if images is None and weights is not None:
+        raise typer.BadParameter("--weights: belongs to timm:NAME with --images")
+    if images is not None and text is not None:
+        raise typer.BadParameter("--text: it and --images exclude each other; give one")
     if images is not None:
         quiet_transformers()
         note(f"loading {model}")
@@ -112,6 +116,8 @@ def bench(
     if reads_images(directory):
         _bench_images(directory, dense, weights, batch_size, repeats, dtype, device, as_json)
         return
+    if weights is not None:
+        raise typer.BadParameter("--weights: belongs to timm:NAME, and this is a language model")
     workload = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
     quiet_transformers()
     note(f"loading {directory}")
@@ -146,14 +152,21 @@ def _bench_images(
         raise typer.BadParameter("--dense: a model that sees is timed in turns with a dense one; give it")
     quiet_transformers()
     note(f"loading {directory}")
-    model, transform = load_image_model(directory, None, torch_dtype(dtype), device)
+    model, transform = load_image_model(
+        directory, _weights_of(directory, weights), torch_dtype(dtype), device
+    )
     note(f"loading {dense}")
-    reference, _ = load_image_model(dense, weights, next(model.parameters()).dtype, device)
+    kind = next(model.parameters()).dtype
+    reference, _ = load_image_model(dense, _weights_of(dense, weights), kind, device)
     speed = compare_speed(reference, model, input_shape(transform), batch_size, repeats)
     if as_json:
         print_json({"model": directory, "dense_model": dense, **speed.to_dict()})
     else:
         stdout().print(_speed_table(dense, directory, speed))
+
+
+def _weights_of(model: str, weights: Path | None) -> Path | None:
+    return weights if model.startswith(TIMM) else None
 
 
 def _accuracy_table(model: str, found: Accuracy) -> Table:

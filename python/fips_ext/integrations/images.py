@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ Transform = Callable[["Image"], Tensor]
 
 CALIBRATION_BATCH = 8
 _ANY_SIZE = (320, 240)
+_WORDNET_ID = re.compile(r"n\d{8}")
 
 
 class ProcessorTransform:
@@ -91,11 +93,11 @@ def calibration_images(
 def labelled_images(folder: str | Path, names: list[str]) -> list[tuple[Path, int]]:
     """Image files and the numbers of their classes, which the folders right below ``folder`` tell.
 
-    A folder's name is the number of a class or one of ``names``. Where they are neither, but as many as the
-    classes, their sorted order counts, as in an ImageNet-style folder.
+    A folder is called like one of ``names``, or by the number of a class. Where the model knows no names of
+    its classes, or the folders are WordNet ids as ImageNet's, their sorted order counts if they are as many.
 
     Args:
-        names: of the classes of the model, in its order.
+        names: of the classes of the model, in its order; numbers, or ``LABEL_i``, where it knows none.
 
     Raises:
         InvalidArgument: there is no such folder, or which class one is of cannot be told.
@@ -105,20 +107,32 @@ def labelled_images(folder: str | Path, names: list[str]) -> list[tuple[Path, in
     if loose := [path for path in files if path.parent == root]:
         raise InvalidArgument(f"images: {loose[0]} has no label; put the images of each class in a folder")
     folders = sorted({path.relative_to(root).parts[0] for path in files})
-    numbers = {name: number for number, name in enumerate(names)}
-    if all(name in numbers for name in folders):
-        classes = {name: numbers[name] for name in folders}
-    elif all(name.isdecimal() and int(name) < len(names) for name in folders):
-        classes = {name: int(name) for name in folders}
-    elif len(folders) == len(names):
-        classes = {name: number for number, name in enumerate(folders)}
-    else:
+    classes = _classes_of(folders, names)
+    if classes is None:
+        stray = next((name for name in folders if name not in names), folders[0])
+        known = f", such as {names[0]!r}" if _are_names(names) else ""
         raise InvalidArgument(
-            f"images: {root} holds {len(folders)} folders ({', '.join(folders[:3])}, …), the model knows "
-            f"{len(names)} classes, and the names do not tell which is which; name them by the number of the "
-            "class, or give a folder for each class"
+            f"images: which class {root / stray} is of cannot be told; the {len(folders)} folders must be "
+            f"called by the numbers (from 0) or the names of the model's {len(names)} classes{known}"
         )
     return [(path, classes[path.relative_to(root).parts[0]]) for path in files]
+
+
+def _classes_of(folders: list[str], names: list[str]) -> dict[str, int] | None:
+    """The class of each folder; None if they do not all say it without doubt."""
+    if _are_names(names) and all(names.count(name) == 1 for name in folders):
+        return {name: names.index(name) for name in folders}
+    if all(name.isdecimal() for name in folders):
+        return {name: int(name) for name in folders} if max(map(int, folders)) < len(names) else None
+    in_order = not _are_names(names) or all(map(_WORDNET_ID.fullmatch, folders))
+    if in_order and len(folders) == len(names):
+        return {name: number for number, name in enumerate(folders)}
+    return None
+
+
+def _are_names(names: list[str]) -> bool:
+    """Whether they say more than their place."""
+    return not all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(names))
 
 
 def class_names(model: nn.Module) -> list[str]:

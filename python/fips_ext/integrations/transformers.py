@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import CheckpointError
+from .skeleton import build_empty
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,21 +36,9 @@ def model_class(config: PretrainedConfig) -> type[nn.Module]:
 
 
 def empty_model(config: PretrainedConfig) -> nn.Module:
-    """The model of ``config`` with its parameters on the meta device and its buffers real.
-
-    Buffers outside the ``state_dict`` (rotary frequencies, position indices) come from the constructor alone,
-    hence they must not be on the meta device.
-    """
-    try:
-        from accelerate import init_empty_weights
-    except ImportError as error:
-        raise ImportError(
-            "loading a transformers model needs accelerate; pip install 'fips_ext[transformers]'"
-        ) from error
+    """The model of ``config``, see :func:`~.skeleton.build_empty`."""
     construct = model_class(config)
-    # Some constructors draw random numbers (stochastic depth, mask tokens) that nobody reads here.
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        return construct(config)
+    return build_empty(lambda: construct(config))
 
 
 def load_folder(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
