@@ -27,9 +27,8 @@ NEEDED_IN_SDIST = {
     "python",
     "tests",
 }
-ALLOWED_LIBRARIES = re.compile(
-    r"^(libtorch|libtorch_cpu|libc10|libstdc\+\+|libgcc_s|libm|libc|libgomp|ld-linux)\b"
-)
+LIBRARIES = "libtorch|libtorch_cpu|libdl|libpthread|librt|libstdc\\+\\+|libgcc_s|libm|libc|ld-linux-x86-64"
+ALLOWED_LIBRARIES = re.compile(rf"^({LIBRARIES})\.so")
 
 
 def main(paths: list[str]) -> None:
