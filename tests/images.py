@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .tiny_models import HIDDEN, LAYERS, WIDTH
+from .tiny_models import vision_transformer
 
 SIZE = 40
 
@@ -26,19 +26,9 @@ def save_images(folder: Path, classes: dict[str, int], seed: int = 0) -> Path:
 
 def save_vit(folder: Path, classes: int) -> Path:
     """A tiny ViT for the classes a, b, …, with its processor, as transformers saves them."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-        id2label={number: chr(ord("a") + number) for number in range(classes)},
-        initializer_range=0.2,
-    )
-    ViTForImageClassification(config).save_pretrained(folder)
+    id2label = {number: chr(ord("a") + number) for number in range(classes)}
+    model = vision_transformer("ViT", "ForImageClassification", id2label=id2label, initializer_range=0.2)
+    model.save_pretrained(folder)
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "size": {"height": 32, "width": 32},

@@ -60,7 +60,8 @@ def _llm(name: str, config: str | None = None, **options) -> nn.Module:
     return getattr(transformers, f"{name}ForCausalLM")(made)
 
 
-def _vit(name: str, head: str, **options) -> nn.Module:
+def vision_transformer(name: str, head: str, **options) -> nn.Module:
+    """A tiny ``name`` of transformers with a ``head``, for images of 32×32."""
     import transformers
 
     config = getattr(transformers, f"{name}Config")(
@@ -146,14 +147,26 @@ CASES = {
     "opt": Case(_opt, "ids", "model.decoder.layers.0.fc1", 3, False, "relu"),
     "gpt2": Case(_gpt2, "ids", "transformer.h.0.mlp", 3, False, "gelu_tanh"),
     "vit": Case(
-        lambda: _vit("ViT", "ForImageClassification"), "pixels", "vit.layers.0.mlp", 3, False, "gelu"
+        lambda: vision_transformer("ViT", "ForImageClassification"),
+        "pixels",
+        "vit.layers.0.mlp",
+        3,
+        False,
+        "gelu",
     ),
     "deit": Case(
-        lambda: _vit("DeiT", "ForImageClassification"), "pixels", "deit.layers.0.mlp", 3, False, "gelu"
+        lambda: vision_transformer("DeiT", "ForImageClassification"),
+        "pixels",
+        "deit.layers.0.mlp",
+        3,
+        False,
+        "gelu",
     ),
-    "dinov2": Case(lambda: _vit("Dinov2", "Model"), "pixels", "encoder.layer.0.mlp", 3, False, "gelu"),
+    "dinov2": Case(
+        lambda: vision_transformer("Dinov2", "Model"), "pixels", "encoder.layer.0.mlp", 3, False, "gelu"
+    ),
     "dinov2-swiglu": Case(
-        lambda: _vit("Dinov2", "Model", use_swiglu_ffn=True),
+        lambda: vision_transformer("Dinov2", "Model", use_swiglu_ffn=True),
         "pixels",
         "encoder.layer.0.mlp",
         3,
