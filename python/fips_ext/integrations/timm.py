@@ -179,6 +179,7 @@ def empty_timm(config: Json) -> nn.Module:
 
 def _timm() -> Any:
     try:
+        import accelerate  # noqa: F401 - what is saved needs it; better said before the work than after
         import timm
         import timm.data
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
