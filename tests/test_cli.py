@@ -59,7 +59,7 @@ def small(tmp_path_factory) -> Path:
 class Calls(list):
     """The arguments of every compression, in place of which MLPs are merely shared."""
 
-    def compress(self, model, recipe, data, progress=None):
+    def compress(self, model, recipe, data, progress=None, journal=None):
         self.append((recipe, data, next(model.parameters()).dtype))
         share(model)
         return Report()

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from fips_ext import Recipe, calibrate, compress
-from fips_ext._compress import build as build_mlps
-from fips_ext._compress import clearly_less, group_mlps, shape_of
+from fips_ext._compress import clearly_less
+from fips_ext._groups import build as build_mlps
+from fips_ext._groups import group_mlps, shape_of
 from fips_ext.budget import solve
 from fips_ext.errors import BudgetError, InvalidArgument, NumericalError, SurgeryError
 from fips_ext.init import factorise

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ._compress import compress
     from ._verify import verify
     from .checkpoint import from_pretrained, info, save_pretrained
+    from .journal import Journal
     from .report import Report
     from .surgery import to_dense
     from .train import Calibration, calibrate
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockSparse",
     "Calibration",
+    "Journal",
     "Recipe",
     "Report",
     "__version__",
@@ -42,6 +44,7 @@ __all__ = [
 
 _LAZY = {
     "Calibration": "train",
+    "Journal": "journal",
     "Report": "report",
     "calibrate": "train",
     "compress": "_compress",

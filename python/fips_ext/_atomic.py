@@ -15,7 +15,8 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     """Yield an empty directory beside ``target``; on success it becomes ``target``, on any error it goes.
 
     Everything is on the disk before the old directory is touched. POSIX has no call that swaps two
-    directories, so a crash between the two renames leaves the old one, complete, as ``.<name>.old-<id>``.
+    directories, so a crash between the two renames leaves the old one, complete, as ``.<name>.old-<id>``,
+    from where :func:`clear_leftovers` brings it back.
     """
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -41,12 +42,31 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def clear_leftovers(target: Path) -> None:
+    """Undo what killed :func:`replaced_directory` left; only while nothing else writes ``target``."""
+    target = target.resolve()
+    for old in target.parent.glob(f".{target.name}.old-*"):
+        if target.exists():
+            shutil.rmtree(old)
+        else:  # killed between the two renames
+            old.rename(target)
+    for new in target.parent.glob(f".{target.name}.new-*"):
+        shutil.rmtree(new)
+
+
 def replace_file(target: Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``target``; on any error the old file is untouched."""
+    with replaced_file(target) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replaced_file(target: Path) -> Iterator[Path]:
+    """Yield a path beside ``target``; what is written there becomes ``target``, or on any error goes."""
     target = target.resolve()
     new = target.with_name(f".{target.name}.new-{secrets.token_hex(4)}")
     try:
-        new.write_text(text, encoding="utf-8")
+        yield new
         _flush_one(new)
         new.replace(target)
     except BaseException:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
-import itertools
+import json
 import math
 import resource
 import sys
@@ -16,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import budget
+from . import __version__, budget
+from ._groups import Group, build, group_mlps, select
 from ._structure import describe
 from .checkpoint import attach
 from .errors import BudgetError, InvalidArgument
-from .init import LAYER_SCALE, Factors, ScoreCurve, SliceProblem, allocate, factorise, unit_scores
-from .layout import BlockSparse
-from .nn import SharedBase, SharedMLP, SparseFactor
-from .nn.base import base_label
+from .fingerprint import Fingerprint, of_model
+from .init import LAYER_SCALE, ScoreCurve, SliceProblem, allocate, factorise, unit_scores
+from .journal import Journal
+from .nn import SharedMLP, SparseFactor
 from .nn.factor import FloatValues
 from .recipe import Recipe
-from .report import LayerReport, Report
+from .report import Report
 from .surgery import DenseMLP, find_mlps
 from .train import (
     Calibration,
@@ -59,6 +59,7 @@ def compress(
     *,
     progress: Progress | None = None,
     compute_dtype: torch.dtype | None = None,
+    journal: Journal | None = None,
 ) -> Report:
     """Replace every MLP of ``model`` by shared sparse factors, in place.
 
@@ -71,6 +72,7 @@ def compress(
         compute_dtype: of the matrix products of calibration and training; default bfloat16 for a model in a
             half precision, else float32. Sums, decompositions and master weights are float32 or better. A
             ``Calibration`` brings its own.
+        journal: where every finished group is kept and, of an earlier run given the same, taken from.
 
     Returns:
         what was done and how large the error is.
@@ -78,8 +80,8 @@ def compress(
     Raises:
         SurgeryError: no MLP was found.
         BudgetError: the ratio is too small for this model and pattern.
-        InvalidArgument: too little calibration data, a rank the model has no room for, or ``include`` and
-            ``exclude`` that leave nothing.
+        InvalidArgument: too little calibration data, a rank the model has no room for, ``include`` and
+            ``exclude`` that leave nothing, or a journal of a run that was given something else.
         NumericalError: NaN or Inf in weights, activations or the loss; nothing is replaced in that group.
     """
     run = Compression(model, recipe, progress)
@@ -98,10 +100,20 @@ def compress(
             progress=run.meter.calibrated,
         )
     try:
-        run.plan(data)
-        for group in run.groups:
-            run.initialise(group)
-            run.train(group)
+        run.take(data)
+        if journal is not None:
+            journal.begin(run.inputs)
+        run.plan()
+        for index, group in enumerate(run.groups):
+            finished = None if journal is None else journal.load(index, group.names)
+            if finished is not None:
+                group.take(finished)
+                run.meter.advance(recipe.steps + 1)
+            else:
+                run.initialise(group)
+                run.train(group)
+                if journal is not None:
+                    journal.store(index, group.finished())
             run.install(group)
             if recipe.distill_steps == 0:
                 group.round()
@@ -119,8 +131,8 @@ def compress(
 class Compression:
     """One compression, stage by stage: :func:`compress` goes group by group, a comparison looks in between.
 
-    ``plan``, then for every group ``initialise``, ``train`` and ``install``, in this order but with other
-    groups in between or not; then ``distill`` and ``report``.
+    ``take``, ``plan``, then for every group ``initialise``, ``train`` and ``install``, in this order but with
+    other groups in between or not; then ``distill`` and ``report``.
 
     Raises:
         SurgeryError, BudgetError, InvalidArgument, NumericalError: see :func:`compress`.
@@ -138,6 +150,7 @@ class Compression:
         self._calibration: Calibration | None = None
         self._dense_losses: Tensor | None = None  # of a language model, on the probes
         self._divergence: tuple[float | None, float | None] = (None, None)
+        self.inputs: dict[str, str] = {}  # all that the result depends on, see Journal.begin
         self.meter = _Meter(progress, len(self.groups), recipe)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -146,13 +159,27 @@ class Compression:
     def device(self) -> torch.device:
         return self._mlps[0].up.weight.device
 
-    def plan(self, calibration: Calibration | None) -> None:
-        """Take what was calibrated, and decide what each group stores."""
+    def take(self, calibration: Calibration | None) -> None:
+        """Take what was calibrated; the model is still dense."""
         recipe = self.recipe
         if calibration is not None:
             calibration.check(self._mlps, recipe.needs_loss, recipe.distill_steps > 0)
         self._calibration = calibration
-        if calibration is not None and len(recipe.bases) > 1:
+        given = None if calibration is None else calibration.given
+        self.inputs = {
+            "recipe": json.dumps(recipe.to_dict()),
+            "model": of_model(self.model),
+            "calibration": Fingerprint().add(given).hexdigest(),
+            "device": str(self.device),
+            "number of threads": str(torch.get_num_threads()),
+            "version of torch": torch.__version__,
+            "version of fips_ext": __version__,
+        }
+
+    def plan(self) -> None:
+        """Decide what each group stores."""
+        recipe = self.recipe
+        if self._calibration is not None and len(recipe.bases) > 1:
             self._dense_losses = self._token_losses()
         if recipe.effective_ranking == "model":
             # Plain pruning and a base need their bytes in different groups: divided is by the cheaper one, by
@@ -280,6 +307,7 @@ class Compression:
             calibration_tokens=0 if self._calibration is None else self._calibration.tokens,
             seconds=time.perf_counter() - self._start,
             peak_memory=_peak_memory(self.device),
+            inputs=self.inputs,
         )
 
     def _shared(self) -> list[SharedMLP]:
@@ -327,139 +355,6 @@ class Compression:
         if self._calibration is None or self.recipe.init == "svd":
             return [weight_problems(mlp) for mlp in group.mlps]
         return [self._calibration.problems(mlp, self.recipe.sensitivity) for mlp in group.mlps]
-
-
-@dataclasses.dataclass
-class Group:
-    """Dense MLPs that share bases, and what becomes of them.
-
-    Attributes:
-        mlps: the dense ones.
-        plan: how it spends its bytes.
-        allowed: what it may spend, in the unit of ``Recipe.budget``.
-        shared: the compressed ones, once initialised.
-        before, after: errors as in :class:`LayerReport`, once trained.
-        seconds: spent so far.
-    """
-
-    mlps: list[DenseMLP]
-    plan: budget.Plan
-    allowed: int
-    shared: list[SharedMLP] = dataclasses.field(default_factory=list)
-    before: list[float] | None = None
-    after: list[float] | None = None
-    seconds: float = 0.0
-
-    @classmethod
-    def of(cls, mlps: list[DenseMLP], recipe: Recipe) -> Group:
-        shape = shape_of(mlps)
-        return cls(mlps, budget.solve(recipe, shape), budget.allowance(recipe, shape))
-
-    def round(self) -> list[tuple[SparseFactor, FloatValues]]:
-        """Bring the factors to what is stored: codes, the dtype of the model; returns what undoes codes."""
-        factors = [f for mlp in self.shared for f in mlp.factors().values() if f.rounding is not None]
-        before = [(factor, factor.quantise()) for factor in factors]
-        for mlp in self.shared:
-            mlp.to(self.mlps[0].up.weight.dtype)
-        return before
-
-    def reports(self) -> list[LayerReport]:
-        reports = []
-        nothing = [None] * len(self.mlps)
-        errors = zip(self.before or nothing, self.after or nothing, strict=True)
-        for dense, shared, (before, after) in zip(self.mlps, self.shared, errors, strict=True):
-            size = sum(p.nbytes for linear in dense.linears().values() for p in linear.parameters())
-            seconds = self.seconds / len(self.mlps)
-            reports.append(
-                LayerReport(
-                    dense.name,
-                    size,
-                    budget.mlp_bytes([shared]),
-                    before,
-                    after,
-                    seconds,
-                    base_label(shared.base.rank, shared.base.identity),
-                )
-            )
-        return reports
-
-
-def select(mlps: list[DenseMLP], recipe: Recipe) -> list[DenseMLP]:
-    """Those that ``recipe.include`` and ``recipe.exclude`` leave; at least one."""
-    names = [mlp.name for mlp in mlps]
-    unknown = [g for g in (*(recipe.include or ()), *(recipe.exclude or ())) if not fnmatch.filter(names, g)]
-    chosen = [mlp for mlp in mlps if recipe.selects(mlp.name)]
-    if unknown or not chosen:
-        what = f"{', '.join(map(repr, unknown))} is the name of no MLP" if unknown else "nothing is left"
-        raise InvalidArgument(
-            f"include, exclude: {what}; there are {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
-        )
-    return chosen
-
-
-def group_mlps(mlps: list[DenseMLP], size: int) -> list[list[DenseMLP]]:
-    """Cut runs of MLPs of equal shape into groups of at most ``size``, as even as they can be."""
-
-    def kind(mlp: DenseMLP) -> tuple:
-        weight = mlp.up.weight
-        return mlp.width, mlp.hidden, mlp.gate is not None, mlp.activation, weight.dtype, weight.device
-
-    groups = []
-    for _, run in itertools.groupby(mlps, kind):
-        members = list(run)
-        count = -(-len(members) // size)
-        bounds = [len(members) * i // count for i in range(count + 1)]
-        groups += [members[a:b] for a, b in itertools.pairwise(bounds)]
-    return groups
-
-
-def shape_of(group: list[DenseMLP]) -> budget.GroupShape:
-    """The sizes that the budget of a group depends on."""
-    first = group[0]
-    biases = sum(
-        linear.bias.numel() for mlp in group for linear in mlp.linears().values() if linear.bias is not None
-    )
-    return budget.GroupShape(
-        first.width,
-        first.hidden,
-        first.gate is not None,
-        len(group),
-        biases,
-        first.up.weight.element_size(),
-    )
-
-
-def build(group: list[DenseMLP], factors: Factors, plan: budget.Plan) -> list[SharedMLP]:
-    """The modules of a factored group, float32; the first layer owns the bases."""
-    bases = [SharedBase(base.clone(), factors.identity) for base in factors.bases]
-    base_out = bases[1] if len(bases) == 2 else None
-    mlps = []
-    parts = zip(group, factors.values, factors.masks, factors.orders, strict=True)
-    for i, (dense, values, masks, order) in enumerate(parts):
-        slices = {
-            role: SparseFactor(
-                BlockSparse.from_dense(v, plan.pattern.block, plan.pattern.encoding, masks[role])
-            )
-            for role, v in values.items()
-        }
-        for role, scales in (factors.scales[i] if plan.bits is not None else {}).items():
-            slices[role].round_to(plan.bits, scales)
-        biases = {
-            f"{role}_bias": linear.bias.detach().float()[... if role == "down" else order].clone()
-            for role, linear in dense.linears().items()
-            if linear.bias is not None
-        }
-        mlps.append(
-            SharedMLP(
-                bases[0],
-                base_out=base_out,
-                activation=dense.activation,
-                owns_base=i == 0,
-                **slices,
-                **biases,
-            )
-        )
-    return mlps
 
 
 class _Meter:

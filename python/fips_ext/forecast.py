@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import budget
-from ._compress import group_mlps, select, shape_of
+from ._groups import group_mlps, select, shape_of
 from .errors import BudgetError
 from .init import unit_scores
 from .nn.base import base_label

@@ -45,6 +45,8 @@ class Report:
             before and after ``distill_steps``; None without any.
         seconds: in all.
         peak_memory: high-water mark of the process in bytes; on CUDA that of the device.
+        inputs: all that the result depends on, fingerprints of the model and the data among it; two runs with
+            equal ones end in equal tensors.
     """
 
     layers: list[LayerReport]
@@ -57,6 +59,7 @@ class Report:
     peak_memory: int
     divergence_before: float | None = None
     divergence_after: float | None = None
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""

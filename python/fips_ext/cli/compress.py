@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import tempfile
+import json
 import time
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markdown import Markdown
 from rich.table import Table
 from torch import nn
 
+from .._atomic import clear_leftovers
 from ..errors import InvalidArgument
 from ..integrations.images import calibration_images, image_files
 from ..integrations.text import calibration_text, calibration_windows
 from ..models import CHECKPOINT_FILE, check_device, load_image_model, load_model
 from ..recipe import Recipe
 from ..recipe_file import read_recipe
+from ..report import Report
 from .console import (
     DeviceOption,
     DTypeOption,
@@ -33,6 +37,9 @@ from .console import (
     stdout,
     torch_dtype,
 )
+
+if TYPE_CHECKING:
+    from ..journal import Journal
 
 
 class Base(str, Enum):
@@ -162,28 +169,69 @@ def compress(
         return
     if out is None:
         raise typer.BadParameter("--out: give a folder for the checkpoint, or --dry-run")
-    check_output(out, overwrite)
     text = calibration_text(calib) if images is None else ""
     from .._compress import compress as compress_model
     from ..checkpoint import save_pretrained
+    from ..journal import Journal
     from ..train import batches_for
 
+    with writing_to(out):
+        journal = Journal(partial_of(out))
+        ctx.call_on_close(journal.close)
+        clear_leftovers(out)
+    if (saved := _saved_before(out, journal, recipe)) is not None:
+        # Killed after the last step but one: what is left is to clean up.
+        journal.discard()
+        print_report(out, saved, None, as_json)
+        return
+    check_replaceable(out, overwrite)
     loaded, reader = _load(model, images, weights, dtype, device)
     if images is None:
         data = calibration_windows(text, reader, recipe.calibration_tokens, batches_for(recipe.distill_steps))
     else:
         data = calibration_images(images, reader, next(loaded.parameters()).dtype, recipe.seed)
     start = time.perf_counter()
-    with progress_bar("compressing") as progress:
-        report = compress_model(loaded, recipe, data, progress=progress)
-    seconds = time.perf_counter() - start
     kept = reader if hasattr(reader, "save_pretrained") else None  # timm's preprocessing is in the config
-    save_pretrained(loaded, out, recipe=recipe, report=report, tokenizer=kept, overwrite=overwrite)
+    if found := journal.finished():
+        note(f"going on with the {found} groups in {journal.folder}")
+    try:
+        with progress_bar("compressing") as progress:
+            report = compress_model(loaded, recipe, data, progress=progress, journal=journal)
+        seconds = time.perf_counter() - start
+        save_pretrained(loaded, out, recipe=recipe, report=report, tokenizer=kept, overwrite=overwrite)
+    except BaseException:
+        if found := journal.finished():
+            note(f"{found} finished groups are in {journal.folder}; the same command goes on from there")
+        raise
+    journal.discard()
+    print_report(out, report, seconds, as_json)
+
+
+def partial_of(out: Path) -> Path:
+    """Where the finished groups of an unfinished compression into ``out`` are."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def _saved_before(out: Path, journal: Journal, recipe: Recipe) -> Report | None:
+    """The report of the checkpoint in ``out``, if the run of ``journal``, with ``recipe``, ended in it."""
+    inputs = journal.inputs()
+    if inputs is None or not (out / CHECKPOINT_FILE).is_file():
+        return None
+    from ..checkpoint import info
+
+    report = info(out)["report"]
+    same = isinstance(report, dict) and report.get("inputs") == inputs
+    return Report.from_dict(report) if same and json.loads(inputs["recipe"]) == recipe.to_dict() else None
+
+
+def print_report(out: Path, report: Report, seconds: float | None, as_json: bool) -> None:
+    """What was done; ``seconds`` is None where it was done before."""
     if as_json:
         print_json({"out": str(out), "seconds": seconds, "report": report.to_dict()})
         return
     stdout().print(Markdown(report.to_markdown()))
-    stdout().print(f"saved {out} after {seconds:.0f} s; next: fips eval {out}", soft_wrap=True)
+    when = "before" if seconds is None else f"after {seconds:.0f} s"
+    stdout().print(f"saved {out} {when}; next: fips eval {out}", soft_wrap=True)
 
 
 def _load(
@@ -241,23 +289,23 @@ def print_forecast(model: nn.Module, recipe: Recipe, as_json: bool) -> None:
     note("the weight error is data-free; calibration divides the bytes anew and chooses among the bases")
 
 
-def check_output(out: Path, overwrite: bool) -> None:
+@contextlib.contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """Within it, what the file system refuses is the fault of ``--out``."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidArgument(
+            f"--out: cannot write to {out.resolve().parent} ({error.strerror}); give another folder"
+        ) from error
+
+
+def check_replaceable(out: Path, overwrite: bool) -> None:
     """Refuse an output folder that would lose something.
 
     Raises:
-        InvalidArgument: it is a file, it is not empty and ``overwrite`` is off, it is not a checkpoint, or it
-            cannot be written.
+        InvalidArgument: it is a file, it is not empty and ``overwrite`` is off, or it is not a checkpoint.
     """
-    above = out.resolve().parent
-    while not above.exists():
-        above = above.parent
-    try:
-        with tempfile.TemporaryDirectory(prefix=".fips-", dir=above):
-            pass  # permissions alone do not tell: file systems refuse, too
-    except OSError as error:
-        raise InvalidArgument(
-            f"--out: cannot write to {above} ({error.strerror}); give another folder"
-        ) from error
     if not out.exists():
         return
     if not out.is_dir():
@@ -293,7 +341,11 @@ def demo(
         recipe = Recipe(ratio=ratio, calibration_tokens=65536)
     except InvalidArgument as error:
         raise typer.BadParameter(str(error)) from error
-    check_output(out, overwrite=True)
+    from ..journal import Journal
+
+    with writing_to(out), Journal(partial_of(out)):
+        pass  # permissions alone do not tell: file systems refuse, too
+    check_replaceable(out, overwrite=True)
     from ..integrations.demo import run_demo, summary_table
 
     quiet_transformers()

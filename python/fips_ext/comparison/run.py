@@ -125,7 +125,8 @@ def _measure(model: nn.Module, cell: Cell, calibration: Calibration, settings: S
                 quality[stage] = settings.evaluate(compressed)
         start = time.perf_counter()
 
-    run.plan(calibration)
+    run.take(calibration)
+    run.plan()
     for group in run.groups:
         run.initialise(group)
         run.install(group)

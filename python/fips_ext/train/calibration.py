@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument
+from ..fingerprint import Fingerprint
 from ..init import SliceProblem
 from ..surgery import DenseMLP, find_mlps
 from .activations import ActivationStore, collect, held_out_rows
@@ -30,6 +31,7 @@ class Calibration:
         compute_dtype: of matrix products.
         batches: the model inputs, if they were kept.
         probes: model inputs of held-out rows, on which whole models are compared: at least one sequence.
+        given: what it was made of, but for the model: a fingerprint of the model inputs, and the settings.
     """
 
     def __init__(
@@ -42,11 +44,13 @@ class Calibration:
         compute_dtype: torch.dtype,
         batches: list[Any],
         probes: list[Any],
+        given: dict[str, Any],
     ) -> None:
         self.names, self.tokens, self.compute_dtype = names, store.tokens, compute_dtype
         self._store, self._observations, self._sensitivities = store, observations, sensitivities
         self._held_out = held_out
         self.batches, self.probes = batches, probes
+        self.given = given
 
     def __enter__(self) -> Calibration:
         return self
@@ -139,9 +143,15 @@ def calibrate(
     batches: list[Any] = []
     held_out = held_out_rows(tokens) if tokens > 1 else tokens
     probes = _Tail(range(tokens - min(held_out, _PROBED_TOKENS), tokens))
+    fingerprint = Fingerprint()
+
+    def see(batch: Any) -> None:
+        probes.add(batch, store.found)
+        fingerprint.add(batch)
+
     try:
         meter = SensitivityMeter(mlps, seed) if loss else None
-        source = _kept(data, batches, keep_batches, lambda batch: probes.add(batch, store.found))
+        source = _kept(data, batches, keep_batches, see)
         collect(model, mlps, source, store, progress, meter)
         while len(batches) < keep_batches and next(source, None) is not None:
             pass
@@ -154,8 +164,10 @@ def calibrate(
         raise
     sensitivities = None if meter is None else meter.result()
     names = [mlp.name for mlp in mlps]
+    settings = {"tokens": tokens, "loss": loss, "seed": seed, "compute_dtype": compute_dtype}
+    given = {"data": fingerprint.hexdigest(), **settings}
     return Calibration(
-        names, store, observations, sensitivities, held_out, compute_dtype, batches, probes.batches
+        names, store, observations, sensitivities, held_out, compute_dtype, batches, probes.batches, given
     )
 
 

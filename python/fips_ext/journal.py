@@ -1,0 +1,274 @@
+"""Finished groups of a compression on disk, so that one that was stopped goes on where it was.
+
+A folder of
+
+``lock``                     locked by the process that works here; the kernel lets go when it ends
+``inputs.json``              fingerprints of all that the numbers depend on
+``group-0000.safetensors``   the factors of a group, float32, not yet rounded to what the checkpoint stores
+``group-0000.json``          its structure, errors and the SHA-256 of that file; written last
+
+Every file appears whole or not at all. What is found damaged is computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ._atomic import replace_file, replaced_file
+from ._structure import describe, rebuild
+from .errors import CheckpointError, InvalidArgument
+from .nn import SharedMLP, SparseFactor
+from .nn.factor import Rounding
+
+_log = logging.getLogger(__name__)
+
+_VERSION = 1
+_INPUTS = "inputs.json"
+_LOCK = "lock"
+
+
+@dataclasses.dataclass
+class FinishedGroup:
+    """What a group has become.
+
+    Attributes:
+        names: of its MLPs in the model.
+        mlps: float32, on the host.
+        before, after: errors as in :class:`~.report.LayerReport`; None without data.
+        seconds: that it took.
+    """
+
+    names: list[str]
+    mlps: list[SharedMLP]
+    before: list[float] | None
+    after: list[float] | None
+    seconds: float
+
+
+class Journal:
+    """A folder of finished groups, for :func:`fips_ext.compress` to keep and to take from.
+
+    Use it as a context manager, and call :meth:`discard` when the compressed model is saved:
+
+        with Journal("small.partial") as journal:
+            compress(model, recipe, data, journal=journal)
+            save_pretrained(model, "small")
+            journal.discard()
+
+    Args:
+        folder: made if it is not there.
+
+    Raises:
+        InvalidArgument: another process works in the folder, or it is something else.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InvalidArgument(f"journal: {self.folder} is a file; give a folder")
+        self._lock = _locked(self.folder)
+        strange = [path.name for path in self.folder.iterdir() if not _is_ours(path.name)]
+        if strange:
+            self.close()
+            raise InvalidArgument(
+                f"journal: {self.folder} holds {strange[0]!r}, which no compression wrote; give another"
+            )
+        for path in self.folder.glob(".*.new-*"):
+            path.unlink()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process work in the folder; one that holds nothing goes."""
+        if not self._lock.closed and [path.name for path in self.folder.iterdir()] == [_LOCK]:
+            shutil.rmtree(self.folder)
+        self._lock.close()
+
+    def begin(self, inputs: dict[str, str]) -> None:
+        """Say what the groups will be made of.
+
+        Args:
+            inputs: fingerprints by name.
+
+        Raises:
+            InvalidArgument: the groups that are here were made of something else.
+            CheckpointError: what they were made of cannot be read.
+        """
+        path = self.folder / _INPUTS
+        document = {"version": _VERSION, **inputs}
+        if not path.exists():
+            replace_file(path, json.dumps(document, indent=1))
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name in document if found.get(name) != document[name]]
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: damaged ({error}); delete {self.folder} to begin anew") from error
+        if changed:
+            raise InvalidArgument(
+                f"journal: {self.folder} holds groups of a run with another {' and another '.join(changed)}; "
+                "give the same model, data and settings to go on with it, or delete it to begin anew"
+            )
+
+    def inputs(self) -> dict[str, str] | None:
+        """What :meth:`begin` was given in an earlier run; None if it was never reached."""
+        try:
+            found = json.loads((self.folder / _INPUTS).read_text(encoding="utf-8"))
+            return {name: found[name] for name in found if name != "version"}
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def finished(self) -> int:
+        """How many groups are kept."""
+        return len(list(self.folder.glob("group-*.json")))
+
+    def store(self, index: int, group: FinishedGroup) -> None:
+        """Keep a group, durably.
+
+        Raises:
+            CheckpointError: the disk does not take it; the groups before it stay.
+        """
+        try:
+            self._write(index, group)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.folder}: could not be written ({error}); make room, then give the same command "
+                f"again: the {self.finished()} groups that are there are kept"
+            ) from error
+
+    def load(self, index: int, names: list[str]) -> FinishedGroup | None:
+        """A group that was kept, or None.
+
+        Args:
+            names: of its MLPs.
+        """
+        if not self._path(index, "json").exists():
+            return None
+        try:
+            return self._read(index, names)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, CheckpointError) as error:
+            _log.warning("%s: damaged (%s); computed again", self._path(index, "json"), error)
+            return None
+
+    def discard(self) -> None:
+        """Delete the folder: the model is saved."""
+        for path in self.folder.glob("group-*"):
+            path.unlink()
+        # Killed before this, a run knows that it is done; after it, nothing is left that speaks of one.
+        (self.folder / _INPUTS).unlink(missing_ok=True)
+        shutil.rmtree(self.folder)
+        self._lock.close()
+
+    def _write(self, index: int, group: FinishedGroup) -> None:
+        holder = nn.ModuleList(group.mlps)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in holder.state_dict().items()}
+        roundings = {}
+        with _without_rounding(holder) as found:
+            structure = describe(holder)
+        for name, rounding in found.items():
+            roundings[name] = rounding.bits
+            tensors[f"{name}.rounding"] = rounding.scales.cpu().contiguous()
+        tensors = {name: t for name, t in tensors.items() if name not in structure["tied"]}
+        weights = self._path(index, "safetensors")
+        with replaced_file(weights) as new:
+            save_file(tensors, new)
+            checksum = _sha256(new)
+        document = {
+            "names": group.names,
+            "sha256": checksum,
+            "before": group.before,
+            "after": group.after,
+            "seconds": group.seconds,
+            "roundings": roundings,
+            "structure": structure,
+        }
+        replace_file(self._path(index, "json"), json.dumps(document))
+
+    def _read(self, index: int, names: list[str]) -> FinishedGroup:
+        document = json.loads(self._path(index, "json").read_text(encoding="utf-8"))
+        weights = self._path(index, "safetensors")
+        if document["names"] != names:
+            raise ValueError(f"it is of {document['names']}")
+        if _sha256(weights) != document["sha256"]:
+            raise ValueError("its checksum differs")
+        tensors = load_file(weights)
+        roundings = {name: tensors.pop(f"{name}.rounding") for name in document["roundings"]}
+        structure = document["structure"]
+        holder = nn.ModuleList(nn.Identity() for _ in names)
+        rebuild(holder, structure, str(self._path(index, "json")))
+        tensors |= {alias: tensors[kept] for alias, kept in structure["tied"].items()}
+        holder.load_state_dict(tensors, strict=True, assign=True)
+        for name, scales in roundings.items():
+            holder.get_submodule(name).rounding = Rounding(document["roundings"][name], scales)
+        return FinishedGroup(names, list(holder), document["before"], document["after"], document["seconds"])
+
+    def _path(self, index: int, kind: str) -> Path:
+        return self.folder / f"group-{index:04d}.{kind}"
+
+
+def _is_ours(name: str) -> bool:
+    name = name.removeprefix(".").partition(".new-")[0]  # what a killed process was writing
+    return name in (_LOCK, _INPUTS) or (
+        name.startswith("group-") and name.endswith((".json", ".safetensors"))
+    )
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    """The open lock file of ``folder``, locked."""
+    path = folder / _LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = path.open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise InvalidArgument(
+                f"journal: another process works in {folder}; wait for it, or give another folder"
+            ) from error
+        # A run that has just finished may have deleted the file between the two calls.
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                return lock
+        lock.close()
+
+
+@contextlib.contextmanager
+def _without_rounding(holder: nn.Module) -> Iterator[dict[str, Rounding]]:
+    """Within it no slice is about to become codes; yields by name what each was to be rounded to."""
+    factors = {n: m for n, m in holder.named_modules() if isinstance(m, SparseFactor) and m.rounding}
+    found = {name: factor.rounding for name, factor in factors.items()}
+    try:
+        for factor in factors.values():
+            factor.rounding = None
+        yield found
+    finally:
+        for name, factor in factors.items():
+            factor.rounding = found[name]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,217 @@
+"""Finished groups on disk: taken as they are, refused if of another run, redone where damaged."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fips_ext import Journal, Recipe, compress
+from fips_ext._atomic import clear_leftovers, replaced_directory
+from fips_ext.errors import CheckpointError, InvalidArgument
+
+from .tiny_models import build
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+FILES = {"lock", "inputs.json", *(f"group-000{i}.{end}" for i in (0, 1) for end in ("json", "safetensors"))}
+
+
+class Stopped(Exception):
+    """What stands for a kill."""
+
+
+def run(folder: Path, stop_at: int | None = None, name: str = "vit", **fields) -> tuple[nn.Module, int]:
+    """A compression of two groups in one journal, and the steps it took; stopped at one of them."""
+    torch.manual_seed(0)
+    model, x = build(name)
+    settings = {"pattern": "bitmap:16x16", "group_size": 2, "steps": 3, "calibration_tokens": 96}
+    steps = 0
+
+    def progress(done: int, _total: int) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == stop_at:
+            raise Stopped
+
+    with Journal(folder) as journal:
+        recipe = Recipe(**{"ratio": 0.8, **settings, **fields})
+        compress(model, recipe, [x] * 8, progress=progress, journal=journal)
+    return model, steps
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"bits": 4}, {"distill_steps": 2}, {"bits": 8, "distill_steps": 2}, {"base": "shared"}]
+)
+def test_a_stopped_run_ends_as_any_other(tmp_path, fields):
+    expected, steps = run(tmp_path / "whole", **fields)
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == FILES
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", steps - 1 if fields.get("distill_steps") else steps - 2, **fields)
+    assert (tmp_path / "stopped" / "group-0000.json").exists()
+    found, _ = run(tmp_path / "stopped", **fields)
+    assert equal(found, expected)
+    again, fewer = run(tmp_path / "stopped", **fields)
+    assert equal(again, expected)
+    assert fewer < steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"ratio": 0.7}, "another recipe;"),
+        ({"seed": 1}, "another recipe and another calibration;"),
+        ({"name": "llama"}, "another model and another calibration;"),
+    ],
+)
+def test_refuses_groups_of_another_run(tmp_path, changes, what):
+    run(tmp_path / "work")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "work").iterdir()}
+    with pytest.raises(InvalidArgument, match=what):
+        run(tmp_path / "work", **changes)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "work").iterdir()} == before
+
+
+def test_refuses_another_number_of_threads(tmp_path):
+    run(tmp_path / "work")
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(InvalidArgument, match="another number of threads;"):
+            run(tmp_path / "work")
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no structure", "no JSON", "other names", "gone"])
+def test_a_damaged_group_is_computed_again(tmp_path, damage):
+    expected, _ = run(tmp_path / "work")
+    weights, structure = (tmp_path / "work" / f"group-0001.{end}" for end in ("safetensors", "json"))
+    data = bytearray(weights.read_bytes())
+    if damage == "cut":
+        weights.write_bytes(data[:-8])
+    elif damage == "flipped":
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    elif damage == "gone":
+        weights.unlink()
+    elif damage == "no JSON":
+        structure.write_text("{")
+    else:
+        document = json.loads(structure.read_text())
+        change = {"structure": {}} if damage == "no structure" else {"names": ["another"]}
+        structure.write_text(json.dumps({**document, **change}))
+    found, _ = run(tmp_path / "work")
+    assert equal(found, expected)
+    assert len(weights.read_bytes()) == len(data)
+
+
+def test_damaged_inputs_are_an_error(tmp_path):
+    run(tmp_path / "work")
+    (tmp_path / "work" / "inputs.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"inputs.json: damaged .* delete .*work to begin anew"):
+        run(tmp_path / "work")
+
+
+def test_one_process_at_a_time(tmp_path):
+    with Journal(tmp_path / "work"), pytest.raises(InvalidArgument, match="another process works in"):
+        Journal(tmp_path / "work")
+    with Journal(tmp_path / "work"):
+        pass
+
+
+def _hold(folder: Path, ready: multiprocessing.Event) -> None:
+    with Journal(folder):
+        ready.set()
+        signal.pause()
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=_hold, args=(tmp_path / "work", ready))
+    process.start()
+    assert ready.wait(60)
+    with pytest.raises(InvalidArgument, match="another process works in"):
+        Journal(tmp_path / "work")
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with Journal(tmp_path / "work"):
+        pass
+
+
+def test_an_empty_journal_leaves_no_folder(tmp_path):
+    with Journal(tmp_path / "work"):
+        assert (tmp_path / "work").exists()
+    assert not (tmp_path / "work").exists()
+
+
+def test_discard_deletes_it_all(tmp_path):
+    run(tmp_path / "work")
+    with Journal(tmp_path / "work") as journal:
+        assert journal.finished() == 2
+        journal.discard()
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"mine")
+    with pytest.raises(InvalidArgument, match=r"holds 'photo.jpg', which no compression wrote"):
+        Journal(tmp_path)
+    with pytest.raises(InvalidArgument, match="is a file"):
+        Journal(tmp_path / "photo.jpg")
+    assert (tmp_path / "photo.jpg").read_bytes() == b"mine"
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """What a full disk does, to files above ``size``."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    expected, _ = run(tmp_path / "whole")
+    with (
+        files_of_at_most(4096),
+        pytest.raises(CheckpointError, match=rf"{os.strerror(errno.EFBIG)}.*make room.* 0 groups"),
+    ):
+        run(tmp_path / "work")
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"lock", "inputs.json"}
+    found, _ = run(tmp_path / "work")
+    assert equal(found, expected)
+
+
+def test_leftovers_of_killed_writes_are_undone(tmp_path):
+    target = tmp_path / "out"
+    with replaced_directory(target) as new:
+        (new / "a").write_text("first")
+    target.rename(tmp_path / ".out.old-1234")  # killed between the two renames
+    (tmp_path / ".out.new-1234").mkdir()
+    (tmp_path / ".other.new-1234").mkdir()
+    clear_leftovers(target)
+    assert (target / "a").read_text() == "first"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".other.new-1234"}
+    (tmp_path / ".out.old-5678").mkdir()
+    clear_leftovers(target)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".other.new-1234"}
