@@ -24,7 +24,12 @@ from .tiny_models import build
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
-FILES = {"lock", "inputs.json", *(f"group-000{i}.{end}" for i in (0, 1) for end in ("json", "safetensors"))}
+FILES = {
+    "lock",
+    "scratch",
+    "inputs.json",
+    *(f"group-000{i}.{end}" for i in (0, 1) for end in ("json", "safetensors")),
+}
 
 
 class Stopped(Exception):
@@ -48,6 +53,10 @@ def run(folder: Path, stop_at: int | None = None, name: str = "vit", **fields) -
         recipe = Recipe(**{"ratio": 0.8, **settings, **fields})
         compress(model, recipe, [x] * 8, progress=progress, journal=journal)
     return model, steps
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
@@ -81,10 +90,10 @@ def test_a_stopped_run_ends_as_any_other(tmp_path, fields):
 )
 def test_refuses_groups_of_another_run(tmp_path, changes, what):
     run(tmp_path / "work")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "work").iterdir()}
+    before = contents(tmp_path / "work")
     with pytest.raises(InvalidArgument, match=what):
         run(tmp_path / "work", **changes)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "work").iterdir()} == before
+    assert contents(tmp_path / "work") == before
 
 
 def test_refuses_another_number_of_threads(tmp_path):
@@ -197,7 +206,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
         pytest.raises(CheckpointError, match=rf"{os.strerror(errno.EFBIG)}.*make room.* 0 groups"),
     ):
         run(tmp_path / "work")
-    assert {path.name for path in (tmp_path / "work").iterdir()} == {"lock", "inputs.json"}
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"lock", "scratch", "inputs.json"}
     found, _ = run(tmp_path / "work")
     assert equal(found, expected)
 

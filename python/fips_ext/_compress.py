@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__, budget
+from . import __version__, budget, memory
 from ._groups import Group, build, group_mlps, select
 from ._structure import describe
 from .checkpoint import attach
@@ -139,11 +139,17 @@ class Compression:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, progress: Progress | None = None) -> None:
+        if memory.is_bounded() and recipe.distill_steps > 0:
+            raise InvalidArgument(
+                "distill_steps: trains all layers together, for which memory cannot be bounded; use 0, or no "
+                "max_memory"
+            )
         self.model, self.recipe = model, recipe
         self._start = time.perf_counter()
         self._mlps = select(find_mlps(model), recipe)
         for mlp in self._mlps:
             check_weights(mlp)
+            memory.relax()
         self.groups = [Group.of(mlps, recipe) for mlps in group_mlps(self._mlps, recipe.group_size)]
         _check_rank(recipe, self._mlps)
         self._dense_bytes = _model_bytes(model)
@@ -171,6 +177,7 @@ class Compression:
             "model": of_model(self.model),
             "calibration": Fingerprint().add(given).hexdigest(),
             "device": str(self.device),
+            "memory": "bounded" if memory.is_bounded() else "as it is",
             "number of threads": str(torch.get_num_threads()),
             "version of torch": torch.__version__,
             "version of fips_ext": __version__,
@@ -206,7 +213,7 @@ class Compression:
             curves.append(ScoreCurve.of(unit_scores(problems, plan, self.recipe)))
             plans.append(plan)
             if not plan.identity and plan.rank < plan.shape.width:  # what no V over so few vectors can hold
-                whole = sum(p.error(torch.zeros_like(p.weight)) for layer in problems for p in layer.values())
+                whole = sum(problem.energy() for layer in problems for problem in layer.values())
                 lost += max(0.0, whole - curves[-1].dropped(0)) / 2
         # Errors are in nats where gradients were looked at; else they have no scale.
         scale = LAYER_SCALE if self.recipe.needs_loss else math.inf

@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import itertools
 
-from . import budget
+from . import budget, memory
 from .errors import InvalidArgument
 from .init import Factors
 from .journal import FinishedGroup
@@ -57,6 +57,9 @@ class Group:
         """Become what a journal kept."""
         device = self.mlps[0].up.weight.device
         self.shared = [mlp.to(device) for mlp in group.mlps]
+        for mlp in self.shared:
+            memory.keep_module(mlp)
+        memory.relax()
         self.before, self.after, self.seconds = group.before, group.after, group.seconds
 
     def round(self) -> list[tuple[SparseFactor, FloatValues]]:
@@ -65,6 +68,8 @@ class Group:
         before = [(factor, factor.quantise()) for factor in factors]
         for mlp in self.shared:
             mlp.to(self.mlps[0].up.weight.dtype)
+            memory.keep_module(mlp)
+            memory.relax()
         return before
 
     def reports(self) -> list[LayerReport]:
@@ -140,12 +145,12 @@ def build(group: list[DenseMLP], factors: Factors, plan: budget.Plan) -> list[Sh
     mlps = []
     parts = zip(group, factors.values, factors.masks, factors.orders, strict=True)
     for i, (dense, values, masks, order) in enumerate(parts):
-        slices = {
-            role: SparseFactor(
-                BlockSparse.from_dense(v, plan.pattern.block, plan.pattern.encoding, masks[role])
-            )
-            for role, v in values.items()
-        }
+        slices = {}
+        for role, v in values.items():
+            layout = BlockSparse.from_dense(v, plan.pattern.block, plan.pattern.encoding, masks[role])
+            slices[role] = SparseFactor(layout)
+            memory.keep_module(slices[role])
+            memory.relax()
         for role, scales in (factors.scales[i] if plan.bits is not None else {}).items():
             slices[role].round_to(plan.bits, scales)
         biases = {

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ._atomic import replaced_directory
@@ -27,31 +26,19 @@ from ._structure import (
     restore_buffer_dtypes,
     retie,
 )
+from ._tensor_files import DTYPE_NAMES, INDEX, SHARD_BYTES, WEIGHTS, TensorFiles, write_tensors
 from .errors import CheckpointError, InvalidArgument
 from .integrations import timm as timm_models
 from .model_card import model_card
 from .nn.factor import SparseFactor
 from .recipe import Recipe
 
-_WEIGHTS, _STRUCTURE, _CONFIG, _GENERATION, _CARD = (
-    "model.safetensors",
+_STRUCTURE, _CONFIG, _GENERATION, _CARD = (
     "fips.json",
     "config.json",
     "generation_config.json",
     "README.md",
 )
-# Names of safetensors' dtypes that a model may hold, by torch's.
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _FLOATING = ("F64", "F32", "BF16", "F16")
 
 
@@ -63,6 +50,7 @@ def save_pretrained(
     report: Any = None,
     tokenizer: Any = None,
     overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a compressed model to ``directory``, all or nothing.
 
@@ -73,6 +61,7 @@ def save_pretrained(
         report: a JSON-able dict, or an object with ``to_dict()``.
         tokenizer: anything with ``save_pretrained(directory)``: a tokenizer or an image processor.
         overwrite: replace a checkpoint that is there; its whole directory goes once the new one is complete.
+        shard_bytes: tensors of more than this together go to several files.
 
     Raises:
         CheckpointError: the directory holds something, the model is not compressed, or writing fails (then
@@ -96,9 +85,10 @@ def save_pretrained(
     text = json.dumps(document, indent=1)
     try:
         with replaced_directory(target) as folder:
-            save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+            write_tensors(tensors, folder, shard_bytes)
             (folder / _STRUCTURE).write_text(text, encoding="utf-8")
-            (folder / _WEIGHTS).chmod((folder / _STRUCTURE).stat().st_mode)  # safetensors leaves 0600
+            for file in folder.glob("*.safetensors"):
+                file.chmod((folder / _STRUCTURE).stat().st_mode)  # safetensors leaves 0600
             _save_config(model, structure, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))
@@ -139,11 +129,12 @@ def from_pretrained(
     if model is None:
         model = _skeleton(folder, structure)
     rebuild(model, structure)
-    tensors = _read_tensors(folder / _WEIGHTS, model, structure["tied"], torch.device(device), dtype)
+    files = TensorFiles(folder)
+    tensors = _read_tensors(files, model, structure["tied"], torch.device(device), dtype)
     try:
         model.load_state_dict(tensors, strict=True, assign=True)
     except (InvalidArgument, RuntimeError) as error:
-        raise CheckpointError(f"{folder / _WEIGHTS}: damaged ({error}); copy or save it again") from error
+        raise CheckpointError(f"{files.path}: damaged ({error}); copy or save it again") from error
     retie(model, structure)
     restore_buffer_dtypes(model, structure)
     unset = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
@@ -170,7 +161,8 @@ def info(directory: str | Path) -> Json:
     """
     folder = Path(directory)
     structure = _read_structure(folder)
-    sizes = _tensor_sizes(folder / _WEIGHTS)
+    files = TensorFiles(folder)
+    sizes = files.sizes()
     sums = dict.fromkeys(("bases", "values", "scales", "index", "masks", "biases", "other"), 0)
     components: dict[str, str] = {}
     dense = 0
@@ -187,7 +179,7 @@ def info(directory: str | Path) -> Json:
         attention = int(structure["block_linear_bytes"])
     except (KeyError, TypeError, IndexError) as error:
         raise CheckpointError(
-            f"{folder}: {_STRUCTURE} and {_WEIGHTS} do not fit ({type(error).__name__}: {error}); "
+            f"{folder}: {_STRUCTURE} and {files.path.name} do not fit ({type(error).__name__}: {error}); "
             "save it again"
         ) from error
     total = sum(sums.values())
@@ -199,7 +191,7 @@ def info(directory: str | Path) -> Json:
         "report": structure.get("report"),
         "mlps": len(structure["mlps"]),
         "bases": sum(part == "bases" for part in components.values()),
-        "bytes": {**sums, "total": total, "file": (folder / _WEIGHTS).stat().st_size},
+        "bytes": {**sums, "total": total, "file": files.nbytes()},
         "dense_bytes": {"mlp": dense, "block": dense + attention, "model": dense + sums["other"]},
         "ratios": {
             "mlp": mlp / dense,
@@ -235,14 +227,12 @@ def _tensors_to_save(model: nn.Module, tied: dict[str, str]) -> dict[str, Tensor
             raise CheckpointError(
                 f"model: {name} is on the meta device and has no content; load the model before saving it"
             )
-        if tensor.dtype not in _DTYPE_NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise CheckpointError(
-                f"model: {name} is {tensor.dtype}; allowed are {', '.join(map(str, _DTYPE_NAMES))}"
+                f"model: {name} is {tensor.dtype}; allowed are {', '.join(map(str, DTYPE_NAMES))}"
             )
         if name not in tied:
-            # A view into a larger tensor would be written with all of it, or refused.
-            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-            tensors[name] = tensor.contiguous() if whole else tensor.contiguous().clone()
+            tensors[name] = tensor
     return tensors
 
 
@@ -292,8 +282,8 @@ def _read_structure(folder: Path) -> Json:
         raise CheckpointError(
             f"directory: {str(folder)!r} does not exist; pass a directory that save_pretrained wrote"
         )
-    for name in (_STRUCTURE, _WEIGHTS):
-        if not (folder / name).is_file():
+    for name, also in ((_STRUCTURE, _STRUCTURE), (WEIGHTS, INDEX)):
+        if not (folder / name).is_file() and not (folder / also).is_file():
             raise CheckpointError(
                 f"directory: {str(folder)!r} has no {name}; it is not a checkpoint of fips_ext, or a copy of "
                 "it is incomplete"
@@ -359,32 +349,26 @@ def _skeleton(folder: Path, structure: Json) -> nn.Module:
 
 
 def _read_tensors(
-    path: Path,
+    files: TensorFiles,
     model: nn.Module,
     tied: dict[str, str],
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """The tensors of the file under every ``state_dict`` name of ``model``, checked against it first."""
+    """The tensors of the files under every ``state_dict`` name of ``model``, checked against it first."""
     expected = model.state_dict()
     if stray := [name for pair in tied.items() for name in pair if name not in expected]:
         raise CheckpointError(f"fips.json: the tied tensors {_some(stray)} are not in the model")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            _check_names(path, set(expected) - set(tied), set(stored))
-            scales = {f"{name}.scales" for name, m in model.named_modules() if isinstance(m, SparseFactor)}
-            for name, header in stored.items():
-                _check_tensor(path, name, header, expected[name], name in scales)
-            tensors = {}
-            for name in stored:
-                tensor = file.get_tensor(name)
-                cast = dtype if tensor.is_floating_point() and name not in scales else None
-                # A copy: the file maps tensors at any address, while kernels like (and the last bits of a
-                # matrix product depend on) the alignment of the allocator.
-                tensors[name] = tensor.to(device=device, dtype=cast or tensor.dtype, copy=True)
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
+    _check_names(files.path, set(expected) - set(tied), set(files.stored))
+    scales = {f"{name}.scales" for name, m in model.named_modules() if isinstance(m, SparseFactor)}
+    for name, (path, stored, shape) in files.stored.items():
+        _check_tensor(path, name, stored, shape, expected[name], name in scales)
+    tensors = {}
+    for name, tensor in files.read():
+        cast = dtype if tensor.is_floating_point() and name not in scales else None
+        # A copy: the file maps tensors at any address, while kernels like (and the last bits of a
+        # matrix product depend on) the alignment of the allocator.
+        tensors[name] = tensor.to(device=device, dtype=cast or tensor.dtype, copy=True)
     return {name: tensors[tied.get(name, name)] for name in expected}
 
 
@@ -398,35 +382,18 @@ def _check_names(path: Path, expected: set[str], stored: set[str]) -> None:
     )
 
 
-def _check_tensor(path: Path, name: str, header: Any, expected: Tensor, exact: bool) -> None:
+def _check_tensor(
+    path: Path, name: str, stored: str, shape: list[int], expected: Tensor, exact: bool
+) -> None:
     """``exact``: of a floating tensor, too, the dtype is part of the format."""
-    shape, stored = list(header.get_shape()), header.get_dtype()
     wanted = list(expected.shape)
     any_float = expected.is_floating_point() and not exact
-    fits = stored in _FLOATING if any_float else stored == _DTYPE_NAMES.get(expected.dtype)
+    fits = stored in _FLOATING if any_float else stored == DTYPE_NAMES.get(expected.dtype)
     if shape != wanted or not fits:
         raise CheckpointError(
             f"{path}: {name} is {stored} {shape}, but fips.json and config.json say {expected.dtype} "
             f"{wanted}; the files must come from the same save"
         )
-
-
-def _tensor_sizes(path: Path) -> dict[str, tuple[int, int]]:
-    """Bytes of each tensor and of one of its elements, from the header alone."""
-    item_bytes = {name: dtype.itemsize for dtype, name in _DTYPE_NAMES.items()}
-    sizes = {}
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                header = file.get_slice(name)
-                item = item_bytes[header.get_dtype()]
-                count = 1
-                for edge in header.get_shape():
-                    count *= edge
-                sizes[name] = (count * item, item)
-    except (SafetensorError, OSError, KeyError) as error:
-        raise _unreadable(path, error) from error
-    return sizes
 
 
 def _component_names(entry: Json) -> dict[str, str]:
@@ -445,10 +412,6 @@ def _component_names(entry: Json) -> dict[str, str]:
         if sizes.get("bits") is not None:
             names[f"{path}.{role}.scales"] = "scales"
     return names
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: truncated or damaged ({error}); copy or save it again")
 
 
 def _some(names: list[str], most: int = 4) -> str:

@@ -25,3 +25,7 @@ class CheckpointError(FipsError):
 
 class SurgeryError(FipsError):
     """A model in which no MLP (or an ambiguous one) was found."""
+
+
+class MemoryLimit(FipsError, MemoryError):
+    """More memory is needed than was allowed."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import memory
+
 _CHUNK = 2**24  # elements at a time: a strided or a device's tensor is copied
 
 
@@ -47,6 +49,7 @@ class Fingerprint:
             return
         for part in tensor.reshape(-1).split(_CHUNK) if tensor.numel() else ():
             self._hash.update(part.cpu().contiguous().view(torch.uint8).numpy())
+            memory.relax()
 
 
 def of_model(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ A folder of
 ``inputs.json``              fingerprints of all that the numbers depend on
 ``group-0000.safetensors``   the factors of a group, float32, not yet rounded to what the checkpoint stores
 ``group-0000.json``          its structure, errors and the SHA-256 of that file; written last
+``scratch``                  a folder for files that end with the process
 
 Every file appears whole or not at all. What is found damaged is computed again.
 """
@@ -39,6 +40,7 @@ _log = logging.getLogger(__name__)
 _VERSION = 1
 _INPUTS = "inputs.json"
 _LOCK = "lock"
+_SCRATCH = "scratch"
 
 
 @dataclasses.dataclass
@@ -90,6 +92,8 @@ class Journal:
             )
         for path in self.folder.glob(".*.new-*"):
             path.unlink()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
 
     def __enter__(self) -> Journal:
         return self
@@ -99,7 +103,7 @@ class Journal:
 
     def close(self) -> None:
         """Let another process work in the folder; one that holds nothing goes."""
-        if not self._lock.closed and [path.name for path in self.folder.iterdir()] == [_LOCK]:
+        if not self._lock.closed and {path.name for path in self.folder.iterdir()} <= {_LOCK, _SCRATCH}:
             shutil.rmtree(self.folder)
         self._lock.close()
 
@@ -128,6 +132,11 @@ class Journal:
                 f"journal: {self.folder} holds groups of a run with another {' and another '.join(changed)}; "
                 "give the same model, data and settings to go on with it, or delete it to begin anew"
             )
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for files that end with the process."""
+        return self.folder / _SCRATCH
 
     def inputs(self) -> dict[str, str] | None:
         """What :meth:`begin` was given in an earlier run; None if it was never reached."""
@@ -227,7 +236,7 @@ class Journal:
 
 def _is_ours(name: str) -> bool:
     name = name.removeprefix(".").partition(".new-")[0]  # what a killed process was writing
-    return name in (_LOCK, _INPUTS) or (
+    return name in (_LOCK, _INPUTS, _SCRATCH) or (
         name.startswith("group-") and name.endswith((".json", ".safetensors"))
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import memory
 from .errors import CheckpointError, InvalidArgument
 from .integrations.gguf import DEMO, demo_file, load_gguf
 from .integrations.images import ProcessorTransform, Transform
@@ -136,14 +137,15 @@ def check_device(device: str) -> torch.device:
 
 
 def _load_folder(path: Path, dtype: torch.dtype | None, allowed: str) -> nn.Module:
+    """Within ``memory.bounded`` a dense one stays in its files."""
     if (path / CHECKPOINT_FILE).is_file():
         from .checkpoint import from_pretrained
 
         return from_pretrained(path, dtype=dtype)
     if (path / "config.json").is_file():
-        from .integrations.transformers import load_folder
+        from .integrations.transformers import load_folder, map_folder
 
-        return load_folder(path, dtype)
+        return (map_folder if memory.is_bounded() else load_folder)(path, dtype)
     reason = "does not exist" if not path.exists() else "is not a model"
     raise InvalidArgument(f"model: {str(path)!r} {reason}; allowed are {allowed}")
 

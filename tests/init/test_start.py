@@ -135,18 +135,19 @@ def test_rotation_helps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rotation_never_loses_energy() -> None:
-    targets = [torch.randn(8, 40, dtype=torch.float64), torch.randn(8, 20, dtype=torch.float64)]
+    targets = [list(torch.randn(8, c, dtype=torch.float64).split(25, 1)) for c in (40, 20)]
     bases = [torch.linalg.qr(torch.randn(8, r, dtype=torch.float64))[0] for r in (8, 5)]
 
     def project(coefficients: list) -> list:
-        return [c * (c.abs() > 1) for c in coefficients]
+        return [[c * (c.abs() > 1) for c in parts] for parts in coefficients]
 
     def objective(bases: list) -> float:
         # Hard thresholding at 1 is the best choice for this penalised error.
         total = 0.0
-        kept = project([p.t() @ a for p, a in zip(bases, targets, strict=True)])
-        for p, a, x in zip(bases, targets, kept, strict=True):
-            total += float((a - p @ x).square().sum() + (x != 0).sum())
+        kept = project([[p.t() @ a for a in parts] for p, parts in zip(bases, targets, strict=True)])
+        for p, parts, found in zip(bases, targets, kept, strict=True):
+            for a, x in zip(parts, found, strict=True):
+                total += float((a - p @ x).square().sum() + (x != 0).sum())
         return total
 
     history = [objective(bases)]

@@ -16,7 +16,9 @@ from rich.markdown import Markdown
 from rich.table import Table
 from torch import nn
 
+from .. import memory
 from .._atomic import clear_leftovers
+from .._tensor_files import SHARD_BYTES
 from ..errors import InvalidArgument
 from ..integrations.images import calibration_images, image_files
 from ..integrations.text import calibration_text, calibration_windows
@@ -34,6 +36,7 @@ from .console import (
     print_json,
     progress_bar,
     quiet_transformers,
+    size,
     stdout,
     torch_dtype,
 )
@@ -138,6 +141,15 @@ def compress(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be stored, and stop before any calibration.")
     ] = False,
+    max_memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=size,
+            metavar="SIZE",
+            help="Keep no more resident than this, for example 6GiB: weights stay in the files of the "
+            "transformers folder, everything large beside OUT. For models larger than memory.",
+        ),
+    ] = None,
     dtype: DTypeOption = None,
     device: DeviceOption = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
@@ -156,6 +168,7 @@ def compress(
     - `fips compress demo:smollm2 --out small --ratio 0.3 --bits 4 --dtype bfloat16`
     - `fips compress demo:smollm2 --out again --recipe small --seed 1`
     - `fips compress demo:smollm2 --ratio 0.6 --exclude '*.layers.0.*' --dry-run`
+    - `fips compress ./my-llama-70b --out small --ratio 0.5 --max-memory 24GiB`
     - `fips compress timm:deit_small_patch16_224 --weights deit.pth --images photos --out small --ratio 0.5`
     """
     recipe = _recipe(ctx, recipe_file)
@@ -176,8 +189,7 @@ def compress(
     from ..train import batches_for
 
     with writing_to(out):
-        journal = Journal(partial_of(out))
-        ctx.call_on_close(journal.close)
+        journal = ctx.with_resource(Journal(partial_of(out)))
         clear_leftovers(out)
     if (saved := _saved_before(out, journal, recipe)) is not None:
         # Killed after the last step but one: what is left is to clean up.
@@ -185,6 +197,9 @@ def compress(
         print_report(out, saved, None, as_json)
         return
     check_replaceable(out, overwrite)
+    if max_memory is not None:
+        _check_bounded(model, device)
+        ctx.with_resource(memory.bounded(journal.scratch, max_memory))
     loaded, reader = _load(model, images, weights, dtype, device)
     if images is None:
         data = calibration_windows(text, reader, recipe.calibration_tokens, batches_for(recipe.distill_steps))
@@ -198,13 +213,31 @@ def compress(
         with progress_bar("compressing") as progress:
             report = compress_model(loaded, recipe, data, progress=progress, journal=journal)
         seconds = time.perf_counter() - start
-        save_pretrained(loaded, out, recipe=recipe, report=report, tokenizer=kept, overwrite=overwrite)
+        shard_bytes = SHARD_BYTES if max_memory is None else min(SHARD_BYTES, max_memory // 8)
+        save_pretrained(
+            loaded,
+            out,
+            recipe=recipe,
+            report=report,
+            tokenizer=kept,
+            overwrite=overwrite,
+            shard_bytes=shard_bytes,
+        )
     except BaseException:
         if found := journal.finished():
             note(f"{found} finished groups are in {journal.folder}; the same command goes on from there")
         raise
     journal.discard()
     print_report(out, report, seconds, as_json)
+
+
+def _check_bounded(model: str, device: str) -> None:
+    if device != "cpu":
+        raise typer.BadParameter("--max-memory: bounds the memory of the host; give --device cpu")
+    if not (Path(model) / "config.json").is_file() or (Path(model) / CHECKPOINT_FILE).is_file():
+        raise typer.BadParameter(
+            f"--max-memory: {model} is no folder that transformers saved; give one, or leave it out"
+        )
 
 
 def partial_of(out: Path) -> Path:

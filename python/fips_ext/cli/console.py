@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -61,6 +62,16 @@ def note(message: str) -> None:
 def print_json(result: dict[str, Any]) -> None:
     # NaN and Infinity are not JSON: better an error here than a file that other programs reject.
     typer.echo(json.dumps(result, indent=2, allow_nan=False))
+
+
+def size(text: str) -> int:
+    """Bytes, as in ``6GiB``, ``6G`` or ``500MiB``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if match is None or not (
+        found := int(float(match[1]) * 2 ** (10 * " KMGT".index(match[2].upper() or " ")))
+    ):
+        raise typer.BadParameter(f"got {text!r}; expected a size such as 6GiB or 500MiB")
+    return found
 
 
 def torch_dtype(choice: Enum | None) -> torch.dtype | None:

@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..budget import Plan
 
 _BINS_PER_OCTAVE, _LOW, _HIGH = 64, -150, 127  # of float32
@@ -34,10 +35,11 @@ class ScoreCurve:
         """Of scores, not negative; zeros are in the last bin."""
         bins = (_HIGH - _LOW) * _BINS_PER_OCTAVE
         counts = torch.zeros(bins, dtype=torch.int64)
-        for score in scores:
-            level = score.flatten().log2().clamp(_LOW, _HIGH - 1)
+        for part in (part for score in scores for part in score.flatten().split(memory.CHUNK)):
+            level = part.log2().clamp(_LOW, _HIGH - 1)
             index = ((_HIGH - level) * _BINS_PER_OCTAVE).long().clamp_max(bins - 1)
             counts += torch.bincount(index, minlength=bins).cpu()
+            memory.relax()
         return cls(counts)
 
     def dropped(self, count: int) -> float:

@@ -7,12 +7,17 @@ its MLPs lose on average: layers whose outputs are easy to approximate in the me
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..layout import from_blocks, to_blocks
 from ..recipe import Pattern
 from .problem import SliceProblem
+
+_DIGITS = 2**16
 
 
 def saliency(v: Tensor, base_energy: Tensor, columns: Tensor) -> Tensor:
@@ -72,18 +77,16 @@ def select(scores: list[Tensor], count: int, pattern: Pattern) -> list[Tensor]:
     Returns:
         one bool ``[rows, n]`` per slice.
     """
-    grids = [units(s, pattern) for s in scores]
-    kept = largest(torch.cat([g.flatten() for g in grids]), count)
-    parts = [
-        part.view(g.shape) for part, g in zip(kept.split([g.numel() for g in grids]), grids, strict=True)
-    ]
+    parts = largest([units(s, pattern) for s in scores], count)
     if pattern.kind == "bitmap":
         return parts
     bk, bn = pattern.block
-    return [
-        from_blocks(part[..., None, None].expand(*part.shape, bn, bk), *score.shape)
-        for part, score in zip(parts, scores, strict=True)
-    ]
+    masks = []
+    for part, score in zip(parts, scores, strict=True):
+        mask = from_blocks(part[..., None, None].expand(*part.shape, bn, bk), *score.shape)
+        masks.append(memory.keep(mask))
+        memory.relax()
+    return masks
 
 
 def units(scores: Tensor, pattern: Pattern) -> Tensor:
@@ -91,16 +94,53 @@ def units(scores: Tensor, pattern: Pattern) -> Tensor:
     return scores if pattern.kind == "bitmap" else to_blocks(scores, pattern.block).sum((-2, -1))
 
 
-def largest(scores: Tensor, count: int) -> Tensor:
-    """Bool mask of exactly ``count`` largest entries of a flat tensor; among equals the first ones win."""
-    total = scores.numel()
-    if count >= total:
-        return torch.ones_like(scores, dtype=torch.bool)
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    # kthvalue is a selection, several times faster than the sort behind topk.
-    threshold = scores.kthvalue(total - count + 1).values
-    kept = scores > threshold
-    ties = (scores == threshold).nonzero().flatten()
-    kept[ties[: count - int(kept.sum())]] = True
-    return kept
+def largest(scores: list[Tensor], count: int) -> list[Tensor]:
+    """Bool masks of exactly ``count`` largest entries of all tensors; among equals the first ones win.
+
+    Args:
+        scores: float32, not negative.
+    """
+    total = sum(score.numel() for score in scores)
+    if count >= total or count == 0:
+        return [torch.full_like(score, count > 0, dtype=torch.bool) for score in scores]
+    threshold = _kth_largest(scores, count)
+    masks = []
+    for score in scores:
+        masks.append(memory.keep((score > threshold).contiguous()))
+        memory.relax()
+    left = count - sum(int(mask.sum()) for mask in masks)
+    for score, mask in zip(scores, masks, strict=True):
+        ties = (score == threshold).flatten().nonzero().flatten()[:left]
+        mask.view(-1)[ties] = True
+        left -= ties.numel()
+        memory.relax()
+    return masks
+
+
+def _kth_largest(scores: list[Tensor], k: int) -> float:
+    """Exactly, by counting: the bits of floats that are not negative are in the order of the floats.
+
+    First the upper half of the bits, then of those that agree in it the lower half: no more than a part of
+    one tensor is held at a time, which neither a sort nor a selection could do.
+    """
+    upper, k = _digit(scores, k, lambda bits: bits >> 16)
+
+    def lower_half(bits: Tensor) -> Tensor:
+        return bits[bits >> 16 == upper] & 0xFFFF
+
+    lower, _ = _digit(scores, k, lower_half)
+    return float(torch.tensor((upper << 16) | lower, dtype=torch.int32).view(torch.float32))
+
+
+def _digit(scores: list[Tensor], k: int, digits: Callable[[Tensor], Tensor]) -> tuple[int, int]:
+    """The ``k``-th largest digit of all entries, and its place among those that have it, from 1."""
+    counts = torch.zeros(_DIGITS, dtype=torch.int64)
+    for score in scores:
+        for part in score.flatten().split(memory.CHUNK):
+            # abs: zero may have a sign.
+            counts += torch.bincount(digits(part.abs().view(torch.int32)), minlength=_DIGITS).cpu()
+        memory.relax()
+    above = counts.flip(0).cumsum(0)
+    place = int((above < k).sum())
+    digit = _DIGITS - 1 - place
+    return digit, k - int(above[place] - counts[digit])

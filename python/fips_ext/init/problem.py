@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from .. import memory
 
 
 @dataclasses.dataclass
@@ -33,20 +36,34 @@ class SliceProblem:
         scale = self.metric.diagonal().mean()
         if not scale > 0:
             return dataclasses.replace(self, metric=None, columns=torch.zeros_like(self.columns))
-        return dataclasses.replace(self, metric=self.metric / scale, columns=self.columns * scale.sqrt())
+        metric = memory.keep(self.metric / scale)
+        return dataclasses.replace(self, metric=metric, columns=self.columns * scale.sqrt())
 
     def permuted(self, order: Tensor) -> SliceProblem:
         """The same problem with its columns in another order."""
-        return dataclasses.replace(self, weight=self.weight[:, order], columns=self.columns[order])
+        weight = memory.keep(self.weight[:, order])
+        return dataclasses.replace(self, weight=weight, columns=self.columns[order])
 
     def apply_metric(self, matrix: Tensor) -> Tensor:
         """``SᵀS · matrix``."""
         return matrix if self.metric is None else self.metric @ matrix
 
-    def error(self, product: Tensor) -> float:
-        """``‖S (W − product) diag(c)‖²``."""
-        residual = (self.weight - product) * self.columns
-        return float((residual * self.apply_metric(residual)).sum())
+    def error(self, product: Callable[[slice], Tensor] | Tensor) -> float:
+        """``‖S (W − product) diag(c)‖²``.
+
+        Args:
+            product: ``[d, n]``, or what gives some of its columns.
+        """
+        total = 0.0
+        for part in memory.column_chunks(self.weight):
+            made = product[:, part] if isinstance(product, Tensor) else product(part)
+            residual = (self.weight[:, part] - made) * self.columns[part]
+            total += float((residual * self.apply_metric(residual)).sum())
+        return total
+
+    def energy(self) -> float:
+        """The error of nothing in place of ``W``."""
+        return self.error(lambda _part: self.weight.new_zeros(()))
 
 
 def pooled_metric(slices: list[SliceProblem]) -> Tensor:
@@ -63,4 +80,5 @@ def pooled_metric(slices: list[SliceProblem]) -> Tensor:
     pooled = torch.zeros_like(identity)
     for share, problem in zip(shares, slices, strict=True):
         pooled += share * (identity if problem.metric is None else problem.metric.double())
+        memory.relax()
     return pooled

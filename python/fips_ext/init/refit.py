@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import memory
 from .problem import SliceProblem
 
 _RIDGE = 1e-6
@@ -35,17 +36,28 @@ def refit_values(
     normal = full.t() @ weighted
     diagonal = normal.diagonal()
     ridge = _RIDGE * diagonal.mean() + torch.finfo(v.dtype).tiny
-    keep = mask.to(v.dtype)
     preconditioner = (1 / (diagonal + ridge)).unsqueeze(1)
-
-    def apply(x: Tensor) -> Tensor:
-        return (normal @ x + ridge * x) * keep
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(0)  # one system per column
 
-    right = (weighted.t() @ problem.weight + ridge * v) * keep
-    return conjugate_gradients(apply, right, v, dot, lambda x: x * preconditioner, iterations)
+    def of_columns(part: slice) -> Tensor:
+        keep, start = mask[:, part].to(v.dtype), v[:, part]
+
+        def apply(x: Tensor) -> Tensor:
+            return (normal @ x + ridge * x) * keep
+
+        right = (weighted.t() @ problem.weight[:, part] + ridge * start) * keep
+        return conjugate_gradients(apply, right, start, dot, lambda x: x * preconditioner, iterations)
+
+    parts = memory.column_chunks(v)
+    if len(parts) == 1:
+        return of_columns(parts[0])
+    refitted = memory.empty(v.shape, v.dtype, v.device)
+    for part in parts:
+        refitted[:, part] = of_columns(part)
+        memory.relax()
+    return refitted
 
 
 def refit_base(
@@ -69,9 +81,10 @@ def refit_base(
     for problem, v in zip(slices, values, strict=True):
         squared = problem.columns.square()
         low = v[:rank] * squared
-        grams.append(low @ v[:rank].t())
+        grams.append(memory.keep(low @ v[:rank].t()))
         rest = problem.weight - v[rank:] if v.shape[0] > rank else problem.weight
         right += problem.apply_metric(rest @ low.t())
+        memory.relax()
     # Jacobi on both sides: diag(SᵀS) over the rows, diag(V Vᵀ) over the columns.
     diagonal = torch.zeros_like(base)
     for problem, gram in zip(slices, grams, strict=True):
@@ -83,6 +96,7 @@ def refit_base(
         total = ridge * u
         for problem, gram in zip(slices, grams, strict=True):
             total = total + problem.apply_metric(u @ gram)
+            memory.relax()
         return total
 
     def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -11,13 +11,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .. import memory
 from .linalg import polar
 
-Project = Callable[[list[Tensor]], list[Tensor]]
+Parts = list[Tensor]  # the columns of a matrix
+Project = Callable[[list[Parts]], list[Parts]]
 """Coefficients of every base, ``[rank, C]`` each, to the same with all but the kept entries set to zero."""
 
 
-def rotate(targets: list[Tensor], bases: list[Tensor], project: Project, iterations: int) -> list[Tensor]:
+def rotate(targets: list[Parts], bases: list[Tensor], project: Project, iterations: int) -> list[Tensor]:
     """Rotate orthonormal bases so that the projected coefficients of ``targets`` keep more energy.
 
     Args:
@@ -28,8 +30,27 @@ def rotate(targets: list[Tensor], bases: list[Tensor], project: Project, iterati
     Returns:
         the new ``P_b``, orthonormal, in the dtype of ``bases``.
     """
-    rotated = [p.to(a.dtype) for p, a in zip(bases, targets, strict=True)]
+    rotated = [p.to(parts[0].dtype) for p, parts in zip(bases, targets, strict=True)]
     for _ in range(iterations):
-        kept = project([p.t() @ a for p, a in zip(rotated, targets, strict=True)])
-        rotated = [polar(a @ x.t()) for a, x in zip(targets, kept, strict=True)]
+        kept = project([_coefficients(p, parts) for p, parts in zip(rotated, targets, strict=True)])
+        rotated = [polar(_product(parts, x)) for parts, x in zip(targets, kept, strict=True)]
     return [p.to(start.dtype) for p, start in zip(rotated, bases, strict=True)]
+
+
+def _coefficients(base: Tensor, parts: Parts) -> Parts:
+    """``Pᵀ A``."""
+    found = []
+    for part in parts:
+        found.append(memory.keep(base.t() @ part))
+        memory.relax()
+    return found
+
+
+def _product(parts: Parts, others: Parts) -> Tensor:
+    """``A Xᵀ``."""
+    first, *rest = zip(parts, others, strict=True)
+    total = first[0] @ first[1].t()
+    for a, x in rest:
+        total += a @ x.t()
+        memory.relax()
+    return total

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..budget import Plan
 from ..layout import to_blocks
 from ..recipe import Recipe
@@ -16,7 +20,7 @@ from .feedback import round_with_feedback
 from .mask import base_energy, saliency, select_in_pools, select_per_output, units
 from .problem import SliceProblem
 from .refit import refit_base, refit_values
-from .rotate import rotate
+from .rotate import Parts, rotate
 from .svd import shared_basis, whitened_columns
 
 _ROTATIONS = 8
@@ -93,7 +97,7 @@ def unit_scores(layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recip
     group = _Group(layers, plan, recipe)
     group.sort_neurons()
     scores = group.scores(*group.start())
-    return [units(score, plan.pattern) for score in scores]
+    return _kept(partial(units, score, plan.pattern) for score in scores)
 
 
 class _Group:
@@ -109,7 +113,7 @@ class _Group:
 
     def __init__(self, layers: list[dict[str, SliceProblem]], plan: Plan, recipe: Recipe) -> None:
         self.plan = plan
-        self.slices = [problem.normalised() for layer in layers for problem in layer.values()]
+        self.slices = _kept(problem.normalised for layer in layers for problem in layer.values())
         self.num_bases = 2 if plan.bases == 2 else 1
         self.base_of = [self.num_bases - 1 if role == "down" else 0 for layer in layers for role in layer]
         self.roles = len(layers[0])
@@ -163,7 +167,7 @@ class _Group:
         for layer in range(len(self.orders)):
             members = range(layer * self.roles, (layer + 1) * self.roles)
             # Per block row of all slices: what each neuron has in it, and which block columns keep it.
-            energy = torch.cat([to_blocks(scores[i], (bk, 1)).sum((-2, -1)) for i in members], 1)
+            energy = torch.cat(_kept(partial(_row_energy, scores[i], bk) for i in members), 1)
             kept = torch.cat([masks[i][::bk, ::bn] for i in members])
             columns = kept.shape[1]
             capacities = torch.full((columns,), bn, device=energy.device)
@@ -185,8 +189,10 @@ class _Group:
     def start(self) -> tuple[list[Tensor], list[Tensor]]:
         """Bases and the values of every slot, before anything is dropped."""
         bases, values = self._low_rank()
+        if self.plan.identity and self.plan.rank == 0:
+            return bases, [s.weight for s in self.slices]
         if self.plan.identity:
-            values = [torch.cat([v, s.weight - bases[b] @ v]) for s, v, b in self.zip(values)]
+            values = _kept(partial(_with_rest, s.weight, bases[b], v) for s, v, b in self.zip(values))
         return bases, values
 
     def zip(self, tensors: list[Tensor]):
@@ -208,16 +214,25 @@ class _Group:
             norms = u.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
             bases.append((u / norms).float())
             maps.append(((p * norms).t() @ root).float())
-        values = [maps[b] @ s.weight for s, b in zip(self.slices, self.base_of, strict=True)]
+        values = _kept(
+            partial(torch.matmul, maps[b], s.weight) for s, b in zip(self.slices, self.base_of, strict=True)
+        )
         return bases, values
 
-    def _project(self, coefficients: list[Tensor]) -> list[Tensor]:
+    def _project(self, coefficients: list[Parts]) -> list[Parts]:
         """Keep the planned number of entries of the weighted coefficients of all bases."""
-        columns = [iter(c.split(self.plan.shape.hidden, dim=1)) for c in coefficients]
-        parts = [next(columns[b]) for b in self.base_of]
-        masks = self._select([part.square() for part in parts])
-        kept = [part * mask for part, mask in zip(parts, masks, strict=True)]
-        return [torch.cat(self.of_base(b, kept), 1) for b in range(self.num_bases)]
+        hidden = self.plan.shape.hidden
+        columns = [(c for part in parts for c in part.split(hidden, dim=1)) for parts in coefficients]
+        slices = [next(columns[b]) for b in self.base_of]
+        masks = self._select(_kept(c.square for c in slices))
+        kept = _kept(partial(torch.mul, c, mask) for c, mask in zip(slices, masks, strict=True))
+        projected = []
+        for b, parts in enumerate(coefficients):
+            of_base = iter(self.of_base(b, kept))
+            projected.append(
+                [torch.cat([next(of_base) for _ in range(part.shape[1] // hidden)], 1) for part in parts]
+            )
+        return projected
 
     def masks(self, bases: list[Tensor], values: list[Tensor], keep_base_rows: bool = False) -> list[Tensor]:
         scores = self.scores(bases, values)
@@ -228,10 +243,10 @@ class _Group:
 
     def scores(self, bases: list[Tensor], values: list[Tensor]) -> list[Tensor]:
         """What dropping each slot alone adds to the error."""
-        return [
-            saliency(v, base_energy(problem, bases[b], self.plan.identity), problem.columns)
-            for problem, v, b in self.zip(values)
-        ]
+        return _kept(partial(self._saliency, problem, v, bases[b]) for problem, v, b in self.zip(values))
+
+    def _saliency(self, problem: SliceProblem, v: Tensor, base: Tensor) -> Tensor:
+        return saliency(v, base_energy(problem, base, self.plan.identity), problem.columns)
 
     def _select(self, scores: list[Tensor]) -> list[Tensor]:
         if self._pool == 0:
@@ -249,12 +264,12 @@ class _Group:
     ) -> tuple[float, list[Tensor], list[Tensor], list[Tensor]]:
         """Apply the masks, refit, and measure: ``(error, bases, values, masks)``."""
         identity = self.plan.identity
-        values = [v * m for v, m in zip(values, masks, strict=True)]
+        values = _kept(partial(torch.mul, v, m) for v, m in zip(values, masks, strict=True))
         for _ in range(_SWEEPS if refit else 0):
-            values = [
-                refit_values(s, bases[b], identity, v, m)
+            values = _kept(
+                partial(refit_values, s, bases[b], identity, v, m)
                 for (s, v, b), m in zip(self.zip(values), masks, strict=True)
-            ]
+            )
             bases = self._refit_bases(bases, values)
         return self._error(bases, values), bases, values, masks
 
@@ -279,12 +294,36 @@ class _Group:
         ]
 
     def _error(self, bases: list[Tensor], values: list[Tensor]) -> float:
-        return sum(s.error(self.product(bases[b], v)) for s, v, b in self.zip(values))
+        total = 0.0
+        for problem, v, b in self.zip(values):
+            total += problem.error(partial(self._columns_of_product, bases[b], v))
+            memory.relax()
+        return total
 
-    def product(self, base: Tensor, v: Tensor) -> Tensor:
+    def _columns_of_product(self, base: Tensor, v: Tensor, columns: slice) -> Tensor:
         rank = base.shape[1]
-        product = base @ v[:rank]
-        return product + v[rank:] if self.plan.identity else product
+        product = base @ v[:rank, columns]
+        return product + v[rank:, columns] if self.plan.identity else product
+
+
+def _row_energy(scores: Tensor, bk: int) -> Tensor:
+    """Of every column, the sum over each block row: ``[n, block rows]``."""
+    return to_blocks(scores, (bk, 1)).sum((-2, -1))
+
+
+def _with_rest(weight: Tensor, base: Tensor, v: Tensor) -> Tensor:
+    """V of a base ``[U, I]``: what ``U V`` leaves of the weights is the identity's part."""
+    return torch.cat([v, weight - base @ v])
+
+
+def _kept(makers: Iterable[Callable[[], Any]]) -> list[Any]:
+    """What each maker makes, one after the other, tensors kept; see :mod:`~..memory`."""
+    made = []
+    for make in makers:
+        result = make()
+        made.append(memory.keep(result) if isinstance(result, Tensor) else result)
+        memory.relax()
+    return made
 
 
 def _total(gains: Tensor, clusters: Tensor) -> float:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import memory
 from ..errors import InvalidArgument, NumericalError
 from ..surgery import DenseMLP
 from .sensitivity import SensitivityMeter, named_output
@@ -24,28 +23,25 @@ HOST_LIMIT = 4 * 2**30
 
 
 class ActivationStore:
-    """Inputs and targets of each MLP, ``[tokens, d]`` each, on the host or mapped from a temporary file.
+    """Inputs and targets of each MLP, ``[tokens, d]`` each, on the host or mapped from a scratch file.
 
-    Use it as a context manager, or call :meth:`close`: that deletes the file.
+    Use it as a context manager, or call :meth:`close`: that lets go of the file.
 
     Args:
         widths: ``d`` of each MLP.
         tokens: rows to hold of each.
         dtype: of the activations.
-        limit: bytes to hold in memory, default :data:`HOST_LIMIT`.
+        limit: bytes to hold in memory, default :data:`HOST_LIMIT`, or none within ``memory.bounded``.
     """
 
     def __init__(self, widths: list[int], tokens: int, dtype: torch.dtype, limit: int | None = None) -> None:
         self.tokens = tokens
         self.filled = [0] * len(widths)
-        self._folder: tempfile.TemporaryDirectory | None = None
         total = 2 * sum(widths) * tokens
-        if total * dtype.itemsize > (HOST_LIMIT if limit is None else limit):
-            self._folder = tempfile.TemporaryDirectory(prefix="fips-activations-")
-            path = Path(self._folder.name) / "activations"
-            flat = torch.from_file(str(path), shared=True, size=total, dtype=dtype)
-        else:
-            flat = torch.empty(total, dtype=dtype)
+        self.spilled = total * dtype.itemsize > (HOST_LIMIT if limit is None else limit)
+        """Whether the activations are in a file."""
+        bounded = memory.is_bounded()
+        flat = memory.scratch(total, dtype) if self.spilled and not bounded else memory.empty((total,), dtype)
         parts = [
             part.view(tokens, width)
             for part, width in zip(flat.split([w * tokens for w in 2 * widths]), 2 * widths, strict=True)
@@ -61,13 +57,6 @@ class ActivationStore:
     def close(self) -> None:
         self.inputs.clear()
         self.targets.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
-
-    @property
-    def spilled(self) -> bool:
-        """Whether the activations are in a file."""
-        return self._folder is not None
 
     def add(self, index: int, x: Tensor) -> None:
         """Append rows ``[T, d]`` of one MLP, as many as fit."""
@@ -118,6 +107,7 @@ def collect(
                     "the model in bfloat16 or float32"
                 )
             store.add(index, x)
+            memory.relax()
 
         return hook
 
@@ -135,7 +125,7 @@ def collect(
             args, kwargs = model_arguments(batch, device)
             attention = token_mask(kwargs)
             if store.found < metered:
-                with torch.enable_grad(), evaluating(model), meter.attached():
+                with torch.enable_grad(), memory.kept_graph(), evaluating(model), meter.attached():
                     meter.backward(named_output(model, model(*args, **kwargs)), attention)
             else:
                 with torch.no_grad(), evaluating(model):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import memory
 from ..errors import InvalidArgument
 from ..fingerprint import Fingerprint
 from ..init import SliceProblem
@@ -136,6 +137,7 @@ def calibrate(
     mlps = find_mlps(model)
     for mlp in mlps:
         check_weights(mlp)
+        memory.relax()
     dtype = mlps[0].up.weight.dtype
     if compute_dtype is None:
         compute_dtype = torch.bfloat16 if dtype.itemsize == 2 else torch.float32

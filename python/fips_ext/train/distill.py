@@ -18,7 +18,7 @@ from torch import nn
 from ..nn import SharedMLP
 from ..surgery import DenseMLP
 from .divergence import Divergence
-from .optimizer import rms_adamw
+from .optimizer import RmsAdamW
 
 _MOST_HELD_OUT = 8
 
@@ -65,15 +65,13 @@ def distill(
     before = divergence.mean(held_out)
     start = [copy.deepcopy(mlp.state_dict()) for mlp in shared]
     generator = torch.Generator().manual_seed(seed)
-    optimizer, schedule = rms_adamw(shared, learning_rate, steps)
+    optimizer = RmsAdamW(nn.ModuleList(shared).parameters(), learning_rate, steps)
     order: list[int] = []
     with _training(model, shared):
         for _ in range(steps):
             order = order or torch.randperm(len(trained), generator=generator).tolist()
-            optimizer.zero_grad(set_to_none=True)
             divergence.backward(trained[order.pop()])
             optimizer.step()
-            schedule.step()
             if on_step is not None:
                 on_step()
     after = divergence.mean(held_out)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, memory
 from ..errors import NumericalError
 from ..layout import BlockSparse
 from ..nn import SharedMLP
 from ..recipe import Recipe
-from .optimizer import rms_adamw
+from .optimizer import RmsAdamW
 
 _CHUNK = 2048
 
@@ -62,17 +61,22 @@ def train_group(
     Raises:
         NumericalError: a loss is NaN or Inf; the message names the layer.
     """
-    before = [relative_error(mlp, d, compute_dtype) for mlp, d in zip(mlps, data, strict=True)]
+    before = _errors(mlps, data, compute_dtype)
     if recipe.steps == 0:
         return before, before
-    start = [copy.deepcopy(mlp.state_dict()) for mlp in mlps]
-    optimizer, schedule = rms_adamw(mlps, recipe.learning_rate, recipe.steps)
+    start = [_copy_of(mlp) for mlp in mlps]
+    bases = nn.ModuleList(base for mlp in mlps for base in (mlp.base, mlp.base_out) if base is not None)
+    shared = set(bases.parameters())
+    of_bases = RmsAdamW(bases.parameters(), recipe.learning_rate, recipe.steps)
+    of_layers = [
+        RmsAdamW([p for p in mlp.parameters() if p not in shared], recipe.learning_rate, recipe.steps)
+        for mlp in mlps
+    ]
     generator = torch.Generator().manual_seed(recipe.seed)
     batches = _Batches(data[0].trained, recipe.tokens_per_step, generator)
     for _ in range(recipe.steps):
         rows = batches.next()
-        optimizer.zero_grad(set_to_none=True)
-        for mlp, layer in zip(mlps, data, strict=True):
+        for mlp, layer, of_layer in zip(mlps, data, of_layers, strict=True):
             loss = _loss(mlp, layer, rows, compute_dtype)
             if not bool(loss.isfinite()):
                 raise NumericalError(
@@ -80,16 +84,37 @@ def train_group(
                     "and the calibration data"
                 )
             loss.backward()
-        optimizer.step()
-        schedule.step()
+            # No other loss depends on these, and gradients of one layer at a time are enough to hold.
+            of_layer.step()
+            memory.relax()
+        of_bases.step()
         if on_step is not None:
             on_step()
-    after = [relative_error(mlp, d, compute_dtype) for mlp, d in zip(mlps, data, strict=True)]
+    after = _errors(mlps, data, compute_dtype)
     if not sum(after) < sum(before):
         for mlp, state in zip(mlps, start, strict=True):
             mlp.load_state_dict(state)
+            memory.relax()
         return before, before
     return before, after
+
+
+def _copy_of(mlp: SharedMLP) -> dict[str, Tensor]:
+    """Its ``state_dict``."""
+    state = {}
+    for name, tensor in mlp.state_dict().items():
+        state[name] = memory.empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+        memory.relax()
+    return state
+
+
+def _errors(mlps: list[SharedMLP], data: list[LayerData], compute_dtype: torch.dtype) -> list[float]:
+    """:func:`relative_error` of every layer."""
+    found = []
+    for mlp, layer in zip(mlps, data, strict=True):
+        found.append(relative_error(mlp, layer, compute_dtype))
+        memory.relax()
+    return found
 
 
 def relative_error(mlp: SharedMLP, layer: LayerData, compute_dtype: torch.dtype) -> float:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import memory
 from ..errors import InvalidArgument, NumericalError
 from ..surgery import DenseMLP
 from ..surgery.linear_map import module_of, outputs_of
@@ -55,10 +56,8 @@ class SensitivityMeter:
         self._generator = torch.Generator(device).manual_seed(seed)
         self._sums = [
             {
-                role: torch.zeros(
-                    (mlp.width, mlp.width) if role == "down" else (mlp.hidden,),
-                    dtype=torch.float64,
-                    device=device,
+                role: memory.zeros(
+                    (mlp.width, mlp.width) if role == "down" else (mlp.hidden,), torch.float64, device
                 )
                 for role in mlp.linears()
             }
@@ -114,8 +113,12 @@ class SensitivityMeter:
 
     def result(self) -> list[Sensitivity]:
         """What has been seen so far, at least one backward pass."""
-        means = [{role: total / self.predictions for role, total in sums.items()} for sums in self._sums]
-        return [Sensitivity(mean["down"], mean["up"], mean.get("gate")) for mean in means]
+        found = []
+        for sums in self._sums:
+            mean = {role: memory.keep(total / self.predictions) for role, total in sums.items()}
+            found.append(Sensitivity(mean["down"], mean["up"], mean.get("gate")))
+            memory.relax()
+        return found
 
     def _logit_gradient(self, logits: Tensor) -> Tensor:
         """Of the log-likelihood of a class drawn from the softmax: onehot minus probabilities."""
@@ -175,6 +178,7 @@ def _recorder(total: Tensor, outputs: slice):
         gradient = gradient[..., outputs]
         rows = gradient.reshape(-1, gradient.shape[-1]).float()
         total.add_(rows.square().sum(0) if total.dim() == 1 else rows.t() @ rows)
+        memory.relax()
 
     def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
         output.register_hook(record)

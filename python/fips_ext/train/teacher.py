@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..errors import NumericalError
 from ..init import SliceProblem
 from ..reference import ACTIVATIONS
@@ -55,7 +56,8 @@ class Observation:
                 columns = self.energy.sqrt() if role == "down" else torch.ones_like(self.energy)
                 problems[role] = _relative(weight, None if role == "down" else self.metric, columns)
             return problems
-        metrics = {"up": self.metric, "gate": self.metric, "down": _damped(sensitivity.output).float()}
+        down = memory.keep(_damped(sensitivity.output).float())
+        metrics = {"up": self.metric, "gate": self.metric, "down": down}
         columns = {"up": sensitivity.up, "gate": sensitivity.gate, "down": self.energy}
         return {
             role: SliceProblem(weight, metrics[role], columns[role].sqrt().float())
@@ -131,7 +133,9 @@ def observe(
             f"{mlp.name}: NaN or Inf in its activations on the calibration data; check the inputs, or load "
             "the model in bfloat16 or float32"
         )
-    return Observation(token_weight, power / tokens, (metric / tokens).float(), (moment / tokens).float())
+    metric = memory.keep((metric / tokens).float())
+    memory.relax()
+    return Observation(token_weight, power / tokens, metric, (moment / tokens).float())
 
 
 def _damped(metric: Tensor) -> Tensor:
@@ -164,12 +168,15 @@ def weight_problems(mlp: DenseMLP) -> dict[str, SliceProblem]:
 def oriented_weights(mlp: DenseMLP) -> dict[str, Tensor]:
     """``W [d, n]`` of each role, float32: transposed for up and gate."""
     weights = {role: linear.weight.detach() for role, linear in mlp.linears().items()}
-    return {role: (w if role == "down" else w.t()).float().contiguous() for role, w in weights.items()}
+    found = {}
+    for role, weight in weights.items():
+        found[role] = memory.keep((weight if role == "down" else weight.t()).float().contiguous())
+        memory.relax()
+    return found
 
 
 def _relative(weight: Tensor, metric: Tensor | None, columns: Tensor) -> SliceProblem:
     """The problem in units of its own size: dropping all of ``weight [d, n]`` is an error of 1."""
     problem = SliceProblem(weight, metric, columns)
-    energy = problem.error(torch.zeros_like(problem.weight))
-    scale = max(energy, torch.finfo(torch.float32).tiny) ** -0.5
+    scale = max(problem.energy(), torch.finfo(torch.float32).tiny) ** -0.5
     return dataclasses.replace(problem, columns=columns * scale)
