@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__, budget, memory
+from . import __version__, budget, distributed, memory
 from ._groups import Group, build, group_mlps, select
 from ._structure import describe
 from .checkpoint import attach
 from .errors import BudgetError, InvalidArgument
 from .fingerprint import Fingerprint, of_model
+from .finished_group import FinishedGroup
 from .init import LAYER_SCALE, ScoreCurve, SliceProblem, allocate, factorise, unit_scores
 from .journal import Journal
 from .nn import SharedMLP, SparseFactor
@@ -101,22 +102,12 @@ def compress(
         )
     try:
         run.take(data)
-        if journal is not None:
+        distributed.check_equal(run.inputs, "compress")
+        if journal is not None and distributed.rank() == 0:
             journal.begin(run.inputs)
+        distributed.barrier()
         run.plan()
-        for index, group in enumerate(run.groups):
-            finished = None if journal is None else journal.load(index, group.names)
-            if finished is not None:
-                group.take(finished)
-                run.meter.advance(recipe.steps + 1)
-            else:
-                run.initialise(group)
-                run.train(group)
-                if journal is not None:
-                    journal.store(index, group.finished())
-            run.install(group)
-            if recipe.distill_steps == 0:
-                group.round()
+        run.finish_groups(journal)
         if recipe.distill_steps > 0:
             run.distill()
             for group in run.groups:
@@ -204,22 +195,68 @@ class Compression:
 
         A group that has no room for it keeps the plan that it has.
         """
-        plans, curves, lost = [], [], 0.0
+        plans = []
         for group in self.groups:
             plan = group.plan
             with contextlib.suppress(BudgetError):
                 plan = budget.solve(dataclasses.replace(self.recipe, base=base), plan.shape)
-            problems = self._problems(group)
-            curves.append(ScoreCurve.of(unit_scores(problems, plan, self.recipe)))
             plans.append(plan)
-            if not plan.identity and plan.rank < plan.shape.width:  # what no V over so few vectors can hold
-                whole = sum(problem.energy() for layer in problems for problem in layer.values())
-                lost += max(0.0, whole - curves[-1].dropped(0)) / 2
+        turns = range(distributed.rank(), len(plans), distributed.size())
+        parts = distributed.gather({index: self._curve(self.groups[index], plans[index]) for index in turns})
+        found = {index: result for part in parts for index, result in part.items()}
+        curves, lost = zip(*(found[index] for index in range(len(plans))), strict=True)
         # Errors are in nats where gradients were looked at; else they have no scale.
         scale = LAYER_SCALE if self.recipe.needs_loss else math.inf
         plans = allocate(plans, curves, [plan.least_count for plan in plans], scale)
         dropped = sum(curve.dropped(plan.count) for curve, plan in zip(curves, plans, strict=True))
-        return lost + dropped / 2, plans
+        return sum(lost) + dropped / 2, plans
+
+    def _curve(self, group: Group, plan: budget.Plan) -> tuple[ScoreCurve, float]:
+        """The scores of what a group may keep, and what it costs that it can keep no more."""
+        problems = self._problems(group)
+        curve = ScoreCurve.of(unit_scores(problems, plan, self.recipe))
+        if plan.identity or plan.rank >= plan.shape.width:
+            return curve, 0.0
+        # What no V over so few vectors can hold.
+        whole = sum(problem.energy() for layer in problems for problem in layer.values())
+        return curve, max(0.0, whole - curve.dropped(0)) / 2
+
+    def finish_groups(self, journal: Journal | None) -> None:
+        """Initialise, train and install every group; those that a journal keeps come from there."""
+        teams = distributed.Teams(len(self.groups))
+        alone = distributed.size() == 1
+        for index in teams.mine():
+            group, team = self.groups[index], teams.of(index)
+            finished = journal.load(index, group.names) if journal is not None and team.leads else None
+            if team.agree(finished is not None):
+                if finished is not None:
+                    group.take(finished)
+                self.meter.advance(self.recipe.steps + 1)
+            else:
+                self._work_on(group, team)
+                if journal is not None and team.leads:
+                    journal.store(index, group.finished())
+            if alone:
+                self._settle(group)
+        if not alone:
+            for index, group in enumerate(self.groups):
+                leader = teams.leader(index)
+                packed = group.finished().pack() if distributed.rank() == leader else None
+                group.take(FinishedGroup.unpack(distributed.broadcast(packed, leader)))
+                self._settle(group)
+
+    def _work_on(self, group: Group, team: distributed.Team) -> None:
+        if team.leads:
+            self.initialise(group)
+        if team.size > 1:
+            packed = team.broadcast(group.finished().pack() if team.leads else None)
+            group.take(FinishedGroup.unpack(packed))
+        self.train(group, team)
+
+    def _settle(self, group: Group) -> None:
+        self.install(group)
+        if self.recipe.distill_steps == 0:
+            group.round()
 
     def initialise(self, group: Group) -> None:
         """The closed form, float32, not yet in the model; settles ``group.plan``.
@@ -249,7 +286,7 @@ class Compression:
         self.meter.advance()
         group.seconds += time.perf_counter() - start
 
-    def train(self, group: Group) -> None:
+    def train(self, group: Group, team: distributed.Team = distributed.ALONE) -> None:
         """Block-wise."""
         if self._calibration is None:
             return
@@ -260,6 +297,7 @@ class Compression:
             self.recipe,
             self._calibration.compute_dtype,
             self.meter.advance,
+            team,
         )
         group.seconds += time.perf_counter() - start
 
@@ -344,7 +382,7 @@ class Compression:
         return next_token_losses(self.model, calibration.probes, self.device, dtype)
 
     def _layer_data(self, group: Group) -> list[LayerData]:
-        return [self._calibration.layer_data(mlp.name) for mlp in group.mlps]
+        return [self._calibration.layer_data(mlp) for mlp in group.mlps]
 
     def _other_plans(self, group: Group) -> list[budget.Plan]:
         """Those of the other bases that the recipe allows."""

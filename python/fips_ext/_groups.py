@@ -8,8 +8,8 @@ import itertools
 
 from . import budget, memory
 from .errors import InvalidArgument
+from .finished_group import FinishedGroup
 from .init import Factors
-from .journal import FinishedGroup
 from .layout import BlockSparse
 from .nn import SharedBase, SharedMLP, SparseFactor
 from .nn.base import base_label

@@ -14,26 +14,21 @@ Every file appears whole or not at all. What is found damaged is computed again.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ._atomic import replace_file, replaced_file
-from ._structure import describe, rebuild
 from .errors import CheckpointError, InvalidArgument
-from .nn import SharedMLP, SparseFactor
-from .nn.factor import Rounding
+from .finished_group import FinishedGroup
 
 _log = logging.getLogger(__name__)
 
@@ -41,24 +36,6 @@ _VERSION = 1
 _INPUTS = "inputs.json"
 _LOCK = "lock"
 _SCRATCH = "scratch"
-
-
-@dataclasses.dataclass
-class FinishedGroup:
-    """What a group has become.
-
-    Attributes:
-        names: of its MLPs in the model.
-        mlps: float32, on the host.
-        before, after: errors as in :class:`~.report.LayerReport`; None without data.
-        seconds: that it took.
-    """
-
-    names: list[str]
-    mlps: list[SharedMLP]
-    before: list[float] | None
-    after: list[float] | None
-    seconds: float
 
 
 class Journal:
@@ -74,13 +51,19 @@ class Journal:
     Args:
         folder: made if it is not there.
 
+        joined: a process of the job that has the folder already, see :mod:`~.distributed`.
+
     Raises:
         InvalidArgument: another process works in the folder, or it is something else.
         OSError: it cannot be written.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, joined: bool = False) -> None:
         self.folder = Path(folder)
+        self._lock: IO[bytes] | None = None
+        if joined:
+            self.scratch.mkdir(parents=True, exist_ok=True)
+            return
         if self.folder.exists() and not self.folder.is_dir():
             raise InvalidArgument(f"journal: {self.folder} is a file; give a folder")
         self._lock = _locked(self.folder)
@@ -103,7 +86,9 @@ class Journal:
 
     def close(self) -> None:
         """Let another process work in the folder; one that holds nothing goes."""
-        if not self._lock.closed and {path.name for path in self.folder.iterdir()} <= {_LOCK, _SCRATCH}:
+        if self._lock is None or self._lock.closed:
+            return
+        if {path.name for path in self.folder.iterdir()} <= {_LOCK, _SCRATCH}:
             shutil.rmtree(self.folder)
         self._lock.close()
 
@@ -188,28 +173,10 @@ class Journal:
         self._lock.close()
 
     def _write(self, index: int, group: FinishedGroup) -> None:
-        holder = nn.ModuleList(group.mlps)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in holder.state_dict().items()}
-        roundings = {}
-        with _without_rounding(holder) as found:
-            structure = describe(holder)
-        for name, rounding in found.items():
-            roundings[name] = rounding.bits
-            tensors[f"{name}.rounding"] = rounding.scales.cpu().contiguous()
-        tensors = {name: t for name, t in tensors.items() if name not in structure["tied"]}
-        weights = self._path(index, "safetensors")
-        with replaced_file(weights) as new:
+        tensors, document = group.encode()
+        with replaced_file(self._path(index, "safetensors")) as new:
             save_file(tensors, new)
-            checksum = _sha256(new)
-        document = {
-            "names": group.names,
-            "sha256": checksum,
-            "before": group.before,
-            "after": group.after,
-            "seconds": group.seconds,
-            "roundings": roundings,
-            "structure": structure,
-        }
+            document["sha256"] = _sha256(new)
         replace_file(self._path(index, "json"), json.dumps(document))
 
     def _read(self, index: int, names: list[str]) -> FinishedGroup:
@@ -219,16 +186,7 @@ class Journal:
             raise ValueError(f"it is of {document['names']}")
         if _sha256(weights) != document["sha256"]:
             raise ValueError("its checksum differs")
-        tensors = load_file(weights)
-        roundings = {name: tensors.pop(f"{name}.rounding") for name in document["roundings"]}
-        structure = document["structure"]
-        holder = nn.ModuleList(nn.Identity() for _ in names)
-        rebuild(holder, structure, str(self._path(index, "json")))
-        tensors |= {alias: tensors[kept] for alias, kept in structure["tied"].items()}
-        holder.load_state_dict(tensors, strict=True, assign=True)
-        for name, scales in roundings.items():
-            holder.get_submodule(name).rounding = Rounding(document["roundings"][name], scales)
-        return FinishedGroup(names, list(holder), document["before"], document["after"], document["seconds"])
+        return FinishedGroup.decode(load_file(weights), document)
 
     def _path(self, index: int, kind: str) -> Path:
         return self.folder / f"group-{index:04d}.{kind}"
@@ -259,20 +217,6 @@ def _locked(folder: Path) -> IO[bytes]:
             if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
                 return lock
         lock.close()
-
-
-@contextlib.contextmanager
-def _without_rounding(holder: nn.Module) -> Iterator[dict[str, Rounding]]:
-    """Within it no slice is about to become codes; yields by name what each was to be rounded to."""
-    factors = {n: m for n, m in holder.named_modules() if isinstance(m, SparseFactor) and m.rounding}
-    found = {name: factor.rounding for name, factor in factors.items()}
-    try:
-        for factor in factors.values():
-            factor.rounding = None
-        yield found
-    finally:
-        for name, factor in factors.items():
-            factor.rounding = found[name]
 
 
 def _sha256(path: Path) -> str:

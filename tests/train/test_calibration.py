@@ -56,7 +56,7 @@ def test_sees_every_mlp(name: str) -> None:
     with calibrate(model, [x] * 8, 64) as calibration:
         assert calibration.names == [mlp.name for mlp in mlps]
         for mlp in mlps:
-            data = calibration.layer_data(mlp.name)
+            data = calibration.layer_data(mlp)
             assert data.inputs.shape == data.targets.shape == (64, mlp.width)
             assert data.power > 0
             for kind in ("loss", "output"):

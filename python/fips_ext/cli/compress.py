@@ -169,6 +169,7 @@ def compress(
     - `fips compress demo:smollm2 --out again --recipe small --seed 1`
     - `fips compress demo:smollm2 --ratio 0.6 --exclude '*.layers.0.*' --dry-run`
     - `fips compress ./my-llama-70b --out small --ratio 0.5 --max-memory 24GiB`
+    - `torchrun --nproc-per-node 8 -m fips_ext compress ./my-llama --out small --ratio 0.5 --device cuda`
     - `fips compress timm:deit_small_patch16_224 --weights deit.pth --images photos --out small --ratio 0.5`
     """
     recipe = _recipe(ctx, recipe_file)
@@ -183,20 +184,20 @@ def compress(
     if out is None:
         raise typer.BadParameter("--out: give a folder for the checkpoint, or --dry-run")
     text = calibration_text(calib) if images is None else ""
+    from .. import distributed
     from .._compress import compress as compress_model
     from ..checkpoint import save_pretrained
-    from ..journal import Journal
     from ..train import batches_for
 
-    with writing_to(out):
-        journal = ctx.with_resource(Journal(partial_of(out)))
-        clear_leftovers(out)
-    if (saved := _saved_before(out, journal, recipe)) is not None:
+    ctx.with_resource(distributed.processes())
+    leads, device = distributed.rank() == 0, distributed.own_device(device)
+    journal, saved = _begin(ctx, out, recipe, overwrite)
+    if saved is not None:
         # Killed after the last step but one: what is left is to clean up.
         journal.discard()
         print_report(out, saved, None, as_json)
+    if distributed.gather(saved is not None)[0]:
         return
-    check_replaceable(out, overwrite)
     if max_memory is not None:
         _check_bounded(model, device)
         ctx.with_resource(memory.bounded(journal.scratch, max_memory))
@@ -207,28 +208,52 @@ def compress(
         data = calibration_images(images, reader, next(loaded.parameters()).dtype, recipe.seed)
     start = time.perf_counter()
     kept = reader if hasattr(reader, "save_pretrained") else None  # timm's preprocessing is in the config
-    if found := journal.finished():
+    if leads and (found := journal.finished()):
         note(f"going on with the {found} groups in {journal.folder}")
     try:
-        with progress_bar("compressing") as progress:
+        with progress_bar("compressing") if leads else contextlib.nullcontext() as progress:
             report = compress_model(loaded, recipe, data, progress=progress, journal=journal)
         seconds = time.perf_counter() - start
-        shard_bytes = SHARD_BYTES if max_memory is None else min(SHARD_BYTES, max_memory // 8)
-        save_pretrained(
-            loaded,
-            out,
-            recipe=recipe,
-            report=report,
-            tokenizer=kept,
-            overwrite=overwrite,
-            shard_bytes=shard_bytes,
-        )
+        if leads:
+            save_pretrained(
+                loaded,
+                out,
+                recipe=recipe,
+                report=report,
+                tokenizer=kept,
+                overwrite=overwrite,
+                shard_bytes=SHARD_BYTES if max_memory is None else min(SHARD_BYTES, max_memory // 8),
+            )
+        distributed.barrier()
     except BaseException:
-        if found := journal.finished():
+        if leads and (found := journal.finished()):
             note(f"{found} finished groups are in {journal.folder}; the same command goes on from there")
         raise
-    journal.discard()
-    print_report(out, report, seconds, as_json)
+    if leads:
+        journal.discard()
+        print_report(out, report, seconds, as_json)
+
+
+def _begin(ctx: typer.Context, out: Path, recipe: Recipe, overwrite: bool) -> tuple[Journal, Report | None]:
+    """The journal of ``out``, and the report of an earlier run that had only that left to delete.
+
+    The first process of a job takes the folder, the others join it.
+    """
+    from .. import distributed
+    from ..journal import Journal
+
+    if distributed.rank() > 0:
+        distributed.barrier()
+        with writing_to(out):
+            return Journal(partial_of(out), joined=True), None
+    with writing_to(out):
+        journal = ctx.with_resource(Journal(partial_of(out)))
+        clear_leftovers(out)
+    saved = _saved_before(out, journal, recipe)
+    if saved is None:
+        check_replaceable(out, overwrite)
+    distributed.barrier()
+    return journal, saved
 
 
 def _check_bounded(model: str, device: str) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import memory
+from .. import distributed, memory
 from ..errors import InvalidArgument, NumericalError
 from ..surgery import DenseMLP
 from .sensitivity import SensitivityMeter, named_output
+from .turns import Turns, token_mask
 
 # Of the tokens: a backward pass costs twice a forward pass, and second moments need no more.
 _METERED_SHARE, _METERED_TOKENS = 0.25, 8192
@@ -64,6 +65,20 @@ class ActivationStore:
         rows = x[: self.tokens - start]
         self.inputs[index][start : start + rows.shape[0]] = rows.to(self.inputs[index])
         self.filled[index] += rows.shape[0]
+
+    def skip(self, index: int, rows: int) -> None:
+        """Leave room for rows that another process has, as many as fit."""
+        start = self.filled[index]
+        stop = min(self.tokens, start + rows)
+        self.inputs[index][start:stop] = 0
+        self.filled[index] = stop
+
+    def join(self) -> None:
+        """Get the rows of all processes."""
+        if distributed.size() > 1:
+            for inputs in self.inputs:
+                distributed.join_parts(inputs)
+                memory.relax()
 
     @property
     def found(self) -> int:
@@ -118,21 +133,27 @@ def collect(
         for i, mlp in enumerate(mlps)
     ]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    turns = Turns(store, meter)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)  # gradients of activations are wanted, none of weights
         for batch in data:
             args, kwargs = model_arguments(batch, device)
             attention = token_mask(kwargs)
-            if store.found < metered:
-                with torch.enable_grad(), memory.kept_graph(), evaluating(model), meter.attached():
-                    meter.backward(named_output(model, model(*args, **kwargs)), attention)
-            else:
-                with torch.no_grad(), evaluating(model):
-                    model(*args, **kwargs)
+            is_metered = store.found < metered
+            with turns.next(batch, is_metered) as is_run:
+                if is_run and is_metered:
+                    with torch.enable_grad(), memory.kept_graph(), evaluating(model), meter.attached():
+                        meter.backward(named_output(model, model(*args, **kwargs)), attention)
+                elif is_run:
+                    with torch.no_grad(), evaluating(model):
+                        model(*args, **kwargs)
             if progress is not None:
                 progress(store.found, store.tokens)
             if store.found >= store.tokens:
+                store.join()
+                if meter is not None:
+                    meter.join()
                 return
     finally:
         for handle in handles:
@@ -171,12 +192,6 @@ def model_arguments(batch: Any, device: torch.device) -> tuple[tuple, dict[str, 
     raise InvalidArgument(
         f"data: yields {type(batch).__name__}; each item must be a tensor or a dict of keyword arguments"
     )
-
-
-def token_mask(kwargs: dict[str, Any]) -> Tensor | None:
-    """Which tokens are no padding, bool ``[B, T]``; None where the model is not told."""
-    mask = kwargs.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def held_out_rows(tokens: int) -> int:

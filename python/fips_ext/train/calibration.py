@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import memory
 from ..errors import InvalidArgument
@@ -17,6 +17,7 @@ from .activations import ActivationStore, collect, held_out_rows
 from .loop import LayerData
 from .sensitivity import Sensitivity, SensitivityMeter
 from .teacher import Observation, check_weights, observe
+from .turns import sequences_of
 
 _PROBED_TOKENS = 2048  # at most: differences of one model's variants, on the same tokens, need no more
 
@@ -39,7 +40,6 @@ class Calibration:
         self,
         names: list[str],
         store: ActivationStore,
-        observations: list[Observation],
         sensitivities: list[Sensitivity] | None,
         held_out: int,
         compute_dtype: torch.dtype,
@@ -48,7 +48,9 @@ class Calibration:
         given: dict[str, Any],
     ) -> None:
         self.names, self.tokens, self.compute_dtype = names, store.tokens, compute_dtype
-        self._store, self._observations, self._sensitivities = store, observations, sensitivities
+        self._store, self._sensitivities = store, sensitivities
+        self._observations: dict[int, Observation] = {}
+        self._closed = False
         self._held_out = held_out
         self.batches, self.probes = batches, probes
         self.given = given
@@ -60,6 +62,7 @@ class Calibration:
         self.close()
 
     def close(self) -> None:
+        self._closed = True
         self._store.close()
         self._observations.clear()
         self.batches.clear()
@@ -67,7 +70,7 @@ class Calibration:
 
     def check(self, mlps: list[DenseMLP], needs_loss: bool, needs_batches: bool = False) -> None:
         """Raise ``InvalidArgument`` unless this is of ``mlps``, and holds what a recipe needs."""
-        if not self._observations:
+        if self._closed:
             raise InvalidArgument("data: the Calibration is closed; call calibrate again")
         if not {mlp.name for mlp in mlps} <= set(self.names):
             raise InvalidArgument(
@@ -88,20 +91,27 @@ class Calibration:
         """What an initialiser minimises for each role of ``mlp``; see ``Recipe.sensitivity``."""
         index = self.names.index(mlp.name)
         known = self._sensitivities[index] if sensitivity == "loss" and self._sensitivities else None
-        return self._observations[index].problems(mlp, known)
+        return self._observe(index, mlp).problems(mlp, known)
 
-    def layer_data(self, name: str) -> LayerData:
-        """What the MLP ``name`` trains and is measured on."""
-        index = self.names.index(name)
-        seen = self._observations[index]
+    def layer_data(self, mlp: DenseMLP) -> LayerData:
+        """What ``mlp`` trains and is measured on."""
+        index = self.names.index(mlp.name)
+        seen = self._observe(index, mlp)
         return LayerData(
-            name,
+            mlp.name,
             self._store.inputs[index],
             self._store.targets[index],
             seen.weights,
             seen.power,
             self._held_out,
         )
+
+    def _observe(self, index: int, mlp: DenseMLP) -> Observation:
+        """When it is first asked for: not every process, nor every run, needs all MLPs."""
+        if index not in self._observations:
+            inputs, targets = self._store.inputs[index], self._store.targets[index]
+            self._observations[index] = observe(mlp, inputs, targets, self.compute_dtype, self._held_out)
+        return self._observations[index]
 
 
 def calibrate(
@@ -132,7 +142,7 @@ def calibrate(
     Raises:
         SurgeryError: no MLP was found.
         InvalidArgument: too little data, or none that the model takes.
-        NumericalError: NaN or Inf in weights or activations.
+        NumericalError: NaN or Inf in weights, or in what an MLP is given.
     """
     mlps = find_mlps(model)
     for mlp in mlps:
@@ -157,10 +167,6 @@ def calibrate(
         collect(model, mlps, source, store, progress, meter)
         while len(batches) < keep_batches and next(source, None) is not None:
             pass
-        observations = [
-            observe(mlp, inputs, targets, compute_dtype, held_out)
-            for mlp, inputs, targets in zip(mlps, store.inputs, store.targets, strict=True)
-        ]
     except BaseException:
         store.close()
         raise
@@ -168,9 +174,7 @@ def calibrate(
     names = [mlp.name for mlp in mlps]
     settings = {"tokens": tokens, "loss": loss, "seed": seed, "compute_dtype": compute_dtype}
     given = {"data": fingerprint.hexdigest(), **settings}
-    return Calibration(
-        names, store, observations, sensitivities, held_out, compute_dtype, batches, probes.batches, given
-    )
+    return Calibration(names, store, sensitivities, held_out, compute_dtype, batches, probes.batches, given)
 
 
 class _Tail:
@@ -193,15 +197,7 @@ class _Tail:
 
 def _last_eighth(batch: Any) -> Any:
     """The last sequences of a batch, at least one."""
-    if isinstance(batch, Tensor):
-        return batch[batch.shape[0] * 7 // 8 :]
-    size = max((t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.dim()), default=0)
-
-    def cut(value: Any) -> Any:
-        along = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
-        return _last_eighth(value) if along else value
-
-    return {key: cut(value) for key, value in batch.items()}
+    return sequences_of(batch, lambda count: slice(count * 7 // 8, None))
 
 
 def _kept(data: Iterable[Any], batches: list[Any], limit: int, see: Callable[[Any], None]) -> Iterator[Any]:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..distributed import everyone
 from ..nn import SharedMLP
 from ..surgery import DenseMLP
 from .divergence import Divergence
 from .optimizer import RmsAdamW
+from .turns import sequences_of
 
 _MOST_HELD_OUT = 8
 
@@ -67,10 +69,15 @@ def distill(
     generator = torch.Generator().manual_seed(seed)
     optimizer = RmsAdamW(nn.ModuleList(shared).parameters(), learning_rate, steps)
     order: list[int] = []
+    team = everyone()
     with _training(model, shared):
         for _ in range(steps):
             order = order or torch.randperm(len(trained), generator=generator).tolist()
-            divergence.backward(trained[order.pop()])
+            batch = trained[order.pop()]
+            part = sequences_of(batch, lambda count: slice(team.place, count, team.size))
+            if _count(part):
+                divergence.backward(part)
+            team.add_gradients(optimizer.parameters)
             optimizer.step()
             if on_step is not None:
                 on_step()
@@ -80,6 +87,12 @@ def distill(
             mlp.load_state_dict(state)
         return before, before
     return before, after
+
+
+def _count(batch: Any) -> int:
+    """Sequences, as the first tensor has them."""
+    tensors = [batch] if isinstance(batch, Tensor) else [t for t in batch.values() if isinstance(t, Tensor)]
+    return tensors[0].shape[0] if tensors else 1
 
 
 @contextlib.contextmanager

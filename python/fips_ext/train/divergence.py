@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import NumericalError
 from ..surgery import DenseMLP
-from .activations import evaluating, model_arguments, product_dtype, token_mask
+from .activations import evaluating, model_arguments, product_dtype
 from .sensitivity import named_output, output_features
+from .turns import token_mask
 
 _CHUNK = 256  # rows of logits in float32 at a time
 

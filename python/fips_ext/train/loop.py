@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, memory
+from ..distributed import ALONE, Team
 from ..errors import NumericalError
 from ..layout import BlockSparse
 from ..nn import SharedMLP
@@ -48,12 +49,16 @@ def train_group(
     recipe: Recipe,
     compute_dtype: torch.dtype,
     on_step: Callable[[], None] | None = None,
+    team: Team = ALONE,
 ) -> tuple[list[float], list[float]]:
     """Train the bases, values and biases of a group in place, all layers together.
 
     AdamW with a short warm-up and a cosine; the step size of each tensor is ``recipe.learning_rate`` times
     its RMS at the start. The parameters must be float32; products run in ``compute_dtype``. What training
     made worse on the held-out rows is thrown away.
+
+    Args:
+        team: processes that share out the rows of every step; all must call this with the same.
 
     Returns:
         held-out errors per layer, before and after, see :func:`relative_error`.
@@ -76,8 +81,9 @@ def train_group(
     batches = _Batches(data[0].trained, recipe.tokens_per_step, generator)
     for _ in range(recipe.steps):
         rows = batches.next()
+        own = rows[team.place :: team.size]
         for mlp, layer, of_layer in zip(mlps, data, of_layers, strict=True):
-            loss = _loss(mlp, layer, rows, compute_dtype)
+            loss = _loss(mlp, layer, own, rows.numel(), compute_dtype)
             if not bool(loss.isfinite()):
                 raise NumericalError(
                     f"{layer.name}: the loss became {float(loss)}; lower learning_rate, or check the weights "
@@ -85,8 +91,10 @@ def train_group(
                 )
             loss.backward()
             # No other loss depends on these, and gradients of one layer at a time are enough to hold.
+            team.add_gradients(of_layer.parameters)
             of_layer.step()
             memory.relax()
+        team.add_gradients(of_bases.parameters)
         of_bases.step()
         if on_step is not None:
             on_step()
@@ -145,10 +153,11 @@ def cast_arguments(mlp: SharedMLP, dtype: torch.dtype) -> dict:
     return {name: cast(value) for name, value in mlp.op_arguments().items()}
 
 
-def _loss(mlp: SharedMLP, layer: LayerData, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def _loss(mlp: SharedMLP, layer: LayerData, rows: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Of ``rows``, a part of the ``count`` rows of a step."""
     device = mlp.up.values.device
     # The power of all tokens, not of the batch, so that every batch has the same unit.
-    scale = 1 / max(layer.power * rows.numel(), torch.finfo(torch.float32).tiny)
+    scale = 1 / max(layer.power * count, torch.finfo(torch.float32).tiny)
     return functional.reconstruction_loss(
         layer.inputs[rows].to(device, dtype),
         layer.targets[rows].to(device, dtype),

@@ -21,12 +21,15 @@ class RmsAdamW:
     Args:
         learning_rate: relative to the RMS of each tensor at the start; a tensor of zeros is not trained.
         steps: in all.
+
+    Attributes:
+        parameters: all of them.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, steps: int) -> None:
-        self._parameters = list(parameters)
+        self.parameters = list(parameters)
         groups = []
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             rms = float(parameter.detach().square().mean().sqrt()) if parameter.numel() else 0.0
             if rms > 0:
                 groups.append({"params": [parameter], "lr": learning_rate * rms})
@@ -54,5 +57,5 @@ class RmsAdamW:
         if self._optimizer is not None:
             self._optimizer.step()
             self._schedule.step()
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = None

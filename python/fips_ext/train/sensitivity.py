@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import memory
+from .. import distributed, memory
 from ..errors import InvalidArgument, NumericalError
 from ..surgery import DenseMLP
 from ..surgery.linear_map import module_of, outputs_of
@@ -52,6 +52,8 @@ class SensitivityMeter:
     def __init__(self, mlps: list[DenseMLP], seed: int) -> None:
         self.mlps = mlps
         self.predictions = 0
+        self.seen_shape: tuple[int, ...] = ()  # of the last output
+        self._sees_logits = False
         device = mlps[0].up.weight.device
         self._generator = torch.Generator(device).manual_seed(seed)
         self._sums = [
@@ -93,6 +95,7 @@ class SensitivityMeter:
         """
         logits = getattr(output, "logits", None)
         result = output_features(output) if logits is None else logits
+        self.seen_shape, self._sees_logits = tuple(result.shape), logits is not None
         if not bool(result.isfinite().all()):
             raise NumericalError(
                 "model: its output on the calibration data holds NaN or Inf; check the data, or load it "
@@ -110,6 +113,31 @@ class SensitivityMeter:
         else:
             self.predictions += rows.shape[0]
         result.backward(gradient.view_as(result))
+
+    def skip(self, rows: int) -> None:
+        """Draw at random what :meth:`backward` draws for as many rows of the last output's kind."""
+        for start in range(0, rows, _CHUNK):
+            shape = min(_CHUNK, rows - start), self.seen_shape[-1]
+            make = self._logit_gradient if self._sees_logits else self._feature_gradient
+            make(torch.ones(shape, device=self._generator.device))
+
+    def forget(self) -> None:
+        """What was seen so far."""
+        self.predictions = 0
+        for sums in self._sums:
+            for total in sums.values():
+                total.zero_()
+
+    def join(self) -> None:
+        """Add up what all processes have seen."""
+        if distributed.size() == 1:
+            return
+        count = torch.tensor([self.predictions])
+        distributed.add_up([count])
+        self.predictions = int(count)
+        for sums in self._sums:
+            distributed.add_up(sums.values())
+            memory.relax()
 
     def result(self) -> list[Sensitivity]:
         """What has been seen so far, at least one backward pass."""

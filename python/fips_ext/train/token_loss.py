@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import NumericalError
-from .activations import evaluating, model_arguments, token_mask
+from .activations import evaluating, model_arguments
+from .turns import token_mask
 
 _CHUNK = 256  # rows of logits in float32 at a time
 _IGNORED = -100

@@ -1,0 +1,138 @@
+"""Two processes, and three for two groups: what one process makes, but for rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .tiny_llama import save_text, save_tiny_llama
+
+ROOT = Path(__file__).parents[1]
+TOLERANCE = 1e-3  # of the RMS of each tensor; sums of parts are rounded otherwise
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    save_tiny_llama(folder / "model")
+    save_text(folder / "text.txt")
+    return folder
+
+
+def port() -> list[str]:
+    """A free one, as an option of torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return ["--master-port", str(free.getsockname()[1])]
+
+
+def start(folder: Path, processes: int, out: str, *options: str) -> subprocess.Popen:
+    """`fips compress`, by torchrun if there is more than one process."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--nproc-per-node", str(processes), *port(), "-m"]
+    command += ["fips_ext", "compress", str(folder / "model"), "--out", str(folder / out)]
+    command += ["--calib", str(folder / "text.txt"), "--ratio", "0.6", "--tokens", "2048", "--steps", "6"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*command, *options], env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def compress(folder: Path, processes: int, out: str, *options: str) -> subprocess.CompletedProcess:
+    job = start(folder, processes, out, *options)
+    output, errors = job.communicate()
+    return subprocess.CompletedProcess(job.args, job.returncode, output, errors)
+
+
+def assert_equal_but_for_rounding(first: Path, second: Path) -> None:
+    a, b = (load_file(path / "model.safetensors") for path in (first, second))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert tensor.shape == b[name].shape, name
+        if tensor.is_floating_point() and tensor.numel():
+            scale = tensor.float().square().mean().sqrt()
+            assert (tensor - b[name]).abs().max() <= TOLERANCE * scale, name
+        else:
+            assert torch.equal(tensor, b[name]), name
+    reports = [json.loads((path / "fips.json").read_text())["report"] for path in (first, second)]
+    for key in ("mlp_ratio", "calibration_tokens"):
+        assert reports[0][key] == reports[1][key]
+
+
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [
+        (2, ["--group-size", "2"]),
+        (3, ["--group-size", "2", "--base", "shared", "--distill-steps", "3"]),
+        (2, ["--group-size", "4", "--pattern", "block:16x16", "--base", "both", "--ratio", "0.95"]),
+    ],
+)
+def test_as_one_process(folder, request, processes, options) -> None:
+    name = str(abs(hash(request.node.name)))
+    one = compress(folder, 1, f"one-{name}", *options)
+    assert one.returncode == 0, one.stderr
+    several = compress(folder, processes, f"several-{name}", *options)
+    assert several.returncode == 0, several.stderr
+    assert_equal_but_for_rounding(folder / f"one-{name}", folder / f"several-{name}")
+    assert not (folder / f"several-{name}.partial").exists()
+
+
+def test_a_process_that_dies_fails_the_job_and_the_next_goes_on(folder) -> None:
+    options = ["--group-size", "1", "--steps", "300"]
+    expected = compress(folder, 2, "whole", *options)
+    assert expected.returncode == 0, expected.stderr
+    job = start(folder, 2, "killed", *options)
+    kept = folder / "killed.partial"
+    while not list(kept.glob("group-*.json")):
+        assert job.poll() is None
+        time.sleep(0.01)
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    _, said = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "SIGKILL" in said or "Signal 9" in said
+    assert not (folder / "killed").exists()
+    assert list(kept.glob("group-*.json"))
+    again = compress(folder, 2, "killed", *options)
+    assert again.returncode == 0, again.stderr
+    assert "going on with the" in again.stderr
+    assert_equal_but_for_rounding(folder / "whole", folder / "killed")
+
+
+DIFFERENT = """
+import torch
+from fips_ext import Recipe, compress, distributed
+from tests.tiny_models import build
+torch.manual_seed(0)
+model, x = build("llama")
+with distributed.processes():
+    x = (x + distributed.rank()) % 64
+    compress(model, Recipe(ratio=0.8, calibration_tokens=96, steps=0), [x] * 8)
+"""
+
+
+def test_nodes_must_have_the_same(tmp_path) -> None:
+    """Every process is given its own text here, as nodes with other files would have."""
+    script = tmp_path / "different.py"
+    script.write_text(DIFFERENT)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *port(), str(script)],
+        cwd=ROOT,
+        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "have another calibration; give every node the same files and options" in done.stderr
