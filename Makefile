@@ -17,7 +17,8 @@ INSTALLED := $(VENV)/.installed-cuda-$(FIPS_WITH_CUDA)
 export CUDAARCHS ?= 80;90a-real
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python tests/cpp -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.css' -o -name '*.cmake' -o -name '*.in' -o -name '*.txt' \))
 
-.PHONY: test demo setup lint cpp-test python-test timm-test oldest-test asan-test cuda-audit format clean
+.PHONY: test demo setup lint cpp-test python-test timm-test oldest-test asan-test reliability fuzz cuda-audit \
+  format clean
 
 test: setup lint cpp-test asan-test python-test timm-test
 
@@ -85,6 +86,27 @@ build/timm: $(VENV)/.tools Makefile
 
 timm-test: $(INSTALLED) build/timm
 	PYTHONPATH=$(CURDIR)/build/timm $(BIN)/python -m pytest tests/integrations/test_timm.py
+
+# What docs/reliability.md promises, with counts and figures: 20 minutes.
+reliability: $(INSTALLED)
+	$(BIN)/python -m tests.reliability --out build/reliability.json
+
+# Hostile bytes, for so many seconds each, until one of two fuzzers finds something: the layout and the kernels on the
+# CPU (needs a clang of at least 17), and the loader.
+FUZZ_SECONDS ?= 300
+FUZZ_CXX ?= $(firstword $(foreach n,21 20 19 18 17,$(shell command -v clang++-$(n))) clang++)
+FUZZ_ARGS = -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
+fuzz: $(INSTALLED) build/atheris
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset fuzz -DCMAKE_CXX_COMPILER=$(FUZZ_CXX)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset fuzz
+	mkdir -p build/fuzz/slice build/fuzz/checkpoint build/fuzz/found
+	build/fuzz/tests/fuzz/fuzz_slice $(FUZZ_ARGS) -max_len=96 -artifact_prefix=build/fuzz/found/slice- \
+	  build/fuzz/slice tests/fuzz/corpus/slice
+	PYTHONPATH=$(CURDIR)/build/atheris $(BIN)/python -m tests.fuzz.fuzz_checkpoint $(FUZZ_ARGS) -max_len=16384 \
+	  -artifact_prefix=build/fuzz/found/checkpoint- build/fuzz/checkpoint tests/fuzz/corpus/checkpoint
+
+build/atheris: $(VENV)/.tools
+	$(BIN)/pip install -q --no-deps --target $@ atheris==3.0.0
 
 # What touches transformers and timm, with the oldest ones that pyproject.toml allows.
 oldest-test: $(INSTALLED)

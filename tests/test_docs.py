@@ -7,10 +7,12 @@ training than they ask for. What builds and installs is run by ``make test`` and
 from __future__ import annotations
 
 import io
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -127,6 +129,12 @@ def test_a_command(where: str, line: str, here: Path, monkeypatch, capsys) -> No
     program = Path(words[0]).name
     if program == "fips":
         run_fips(words[1:])
+    elif program == "torchrun":
+        assert words[3:6] == ["-m", "fips_ext", "compress"]
+        less = [word for option, value in LESS["compress"].items() for word in (option, value)]
+        environment = dict(os.environ, OMP_NUM_THREADS="1")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], *less]
+        subprocess.run(command, check=True, env=environment)
     elif program == "python" and words[1].startswith("examples/"):
         given = shlex.split(before[0])[1] if before else ""
         monkeypatch.setattr("sys.stdin", io.StringIO(given + "\n"))

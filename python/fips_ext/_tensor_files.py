@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import memory
+from ._json import read_json
 from .errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -168,7 +169,7 @@ def _from_buffer(buffer: Any, dtype: torch.dtype, count: int, offset: int) -> Te
 def _read_index(path: Path) -> dict[str, str]:
     """The file of every tensor; plain names only, so that no index reaches outside its folder."""
     try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        places = read_json(path)["weight_map"]
         if not isinstance(places, dict) or not places:
             raise ValueError("weight_map is no object with entries")
     except (OSError, ValueError, KeyError, TypeError) as error:

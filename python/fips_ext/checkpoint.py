@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ._atomic import replaced_directory
+from ._json import read_json
 from ._structure import (
     FORMAT_VERSION,
     Json,
@@ -290,7 +291,7 @@ def _read_structure(folder: Path) -> Json:
             )
     path = folder / _STRUCTURE
     try:
-        structure = json.loads(path.read_text(encoding="utf-8"))
+        structure = read_json(path)
     except ValueError as error:
         raise CheckpointError(
             f"{path}: is not the JSON that save_pretrained writes ({error}); copy or save it again"
@@ -301,7 +302,7 @@ def _read_structure(folder: Path) -> Json:
 def _read_config(folder: Path) -> Any:
     """The content of ``config.json``; None where there is none, or none that is JSON."""
     try:
-        return json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        return read_json(folder / _CONFIG)
     except (OSError, ValueError):
         return None
 

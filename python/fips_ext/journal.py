@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ._atomic import replace_file, replaced_file
+from ._json import read_json
 from .errors import CheckpointError, InvalidArgument
 from .finished_group import FinishedGroup
 
@@ -108,7 +109,7 @@ class Journal:
             replace_file(path, json.dumps(document, indent=1))
             return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             changed = [name for name in document if found.get(name) != document[name]]
         except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{path}: damaged ({error}); delete {self.folder} to begin anew") from error
@@ -126,7 +127,7 @@ class Journal:
     def inputs(self) -> dict[str, str] | None:
         """What :meth:`begin` was given in an earlier run; None if it was never reached."""
         try:
-            found = json.loads((self.folder / _INPUTS).read_text(encoding="utf-8"))
+            found = read_json(self.folder / _INPUTS)
             return {name: found[name] for name in found if name != "version"}
         except (OSError, ValueError, TypeError):
             return None
@@ -180,7 +181,7 @@ class Journal:
         replace_file(self._path(index, "json"), json.dumps(document))
 
     def _read(self, index: int, names: list[str]) -> FinishedGroup:
-        document = json.loads(self._path(index, "json").read_text(encoding="utf-8"))
+        document = read_json(self._path(index, "json"))
         weights = self._path(index, "safetensors")
         if document["names"] != names:
             raise ValueError(f"it is of {document['names']}")

@@ -88,7 +88,7 @@ class Divergence:
         if not bool(found_losses.isfinite().all()):
             raise NumericalError(
                 f"model: its divergence from the dense model is {_mean(found_losses)}; lower learning_rate, "
-                "or check the weights and the calibration data"
+                "check the weights and the calibration data, or load the model in bfloat16 or float32"
             )
         if backward:
             # Of the sum: AdamW does not see the scale, and half precision would lose that of the mean.
