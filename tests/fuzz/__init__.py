@@ -1,1 +1,1 @@
-"""Hostile bytes: fuzzers of the C++ layout and the Python loader, and a corpus that every test run replays."""
+"""Hostile bytes: fuzzers of the C++ layout and the Python loader; every test run replays their corpus."""

@@ -1,5 +1,5 @@
-// Runs a fuzz target without a fuzzer: on the files of the folders given, then on as many edits of them as
-// the first argument says, the same on every machine.
+// Runs a fuzz target without a fuzzer: on the files of the folders given, then on as many edits of
+// them as the first argument says, the same on every machine.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
