@@ -36,6 +36,22 @@ def port() -> list[str]:
         return ["--master-port", str(free.getsockname()[1])]
 
 
+def torchrun(folder: Path, code: str, processes: int) -> subprocess.CompletedProcess:
+    """Runs a program of its own in several processes."""
+    script = folder / "program.py"
+    script.write_text(code)
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *port()),
+            str(script),
+        ],
+        cwd=ROOT,
+        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"),
+        capture_output=True,
+        text=True,
+    )
+
+
 def start(folder: Path, processes: int, out: str, *options: str) -> subprocess.Popen:
     """`fips compress`, by torchrun if there is more than one process."""
     command = [sys.executable, "-m"]
@@ -120,6 +136,40 @@ def test_a_process_that_dies_fails_the_job_and_the_next_goes_on(folder) -> None:
     assert_equal_but_for_rounding(folder / "whole", folder / "killed")
 
 
+TENSOR_PARALLEL = """
+import copy, torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+from fips_ext import distributed
+from fips_ext.nn import SharedMLPParallel, SparseFactor
+from tests.tiny_models import GatedMLP, PlainMLP, Stack, share
+with distributed.processes():
+    mesh = init_device_mesh("cpu", (distributed.size(),))
+    for encoding in ("block", "bitmap"):
+        for bits in (None, 8, 4):
+            torch.manual_seed(0)
+            model = Stack(PlainMLP(hidden=200), GatedMLP(hidden=128), PlainMLP(hidden=96)).eval()
+            share(model, rank=16, encoding=encoding, per_role=bits is None)
+            for factor in (m for m in model.modules() if isinstance(m, SparseFactor) and bits):
+                factor.round_to(bits)
+                factor.quantise()
+            x = torch.randn(2, 5, 32)
+            with torch.no_grad():
+                expected = model(x)
+                parts = parallelize_module(copy.deepcopy(model), mesh, {"blocks.*.mlp": SharedMLPParallel()})
+                torch.testing.assert_close(parts(x), expected, rtol=1e-5, atol=1e-5)
+            mlps = [m.blocks[1].mlp for m in (model, parts)]
+            stored = [sum(f.values.numel() for f in mlp.factors().values()) for mlp in mlps]
+            assert stored[1] < 0.75 * stored[0], stored
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_tensor_parallel_inference(tmp_path, processes) -> None:
+    done = torchrun(tmp_path, TENSOR_PARALLEL, processes)
+    assert done.returncode == 0, done.stderr
+
+
 DIFFERENT = """
 import torch
 from fips_ext import Recipe, compress, distributed
@@ -134,14 +184,6 @@ with distributed.processes():
 
 def test_nodes_must_have_the_same(tmp_path) -> None:
     """Every process is given its own text here, as nodes with other files would have."""
-    script = tmp_path / "different.py"
-    script.write_text(DIFFERENT)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *port(), str(script)],
-        cwd=ROOT,
-        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"),
-        capture_output=True,
-        text=True,
-    )
+    done = torchrun(tmp_path, DIFFERENT, 2)
     assert done.returncode != 0
     assert "have another calibration; give every node the same files and options" in done.stderr

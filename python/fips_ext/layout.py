@@ -221,6 +221,29 @@ class BlockSparse:
             )
         return dataclasses.replace(self, values=values)
 
+    def block_columns(self, start: int, stop: int) -> BlockSparse:
+        """A slice of its own of the block columns ``[start, stop)``."""
+        nbn = grid_shape(self.rows, self.cols, self.block)[1]
+        if not 0 <= start < stop <= nbn:
+            raise InvalidArgument(
+                f"start, stop: got {start} and {stop}; expected a run of the {nbn} block columns"
+            )
+        first, last = int(self.col_ptr[start]), int(self.col_ptr[stop])
+        values = slice(first, last)
+        if self.mask is not None:
+            codes = 2 if self.bits == 4 else 1
+            values = slice(int(self.block_ptr[first]) // codes, int(self.block_ptr[last]) // codes)
+        return BlockSparse.from_index(
+            self.rows,
+            min(stop * self.block[1], self.cols) - start * self.block[1],
+            self.block,
+            self.values[values].clone(),
+            (self.col_ptr[start : stop + 1] - first).contiguous(),
+            self.row_idx[first:last].clone(),
+            None if self.mask is None else self.mask[first:last].clone(),
+            None if self.scales is None else self.scales[first:last].clone(),
+        )
+
     # -- views ----------------------------------------------------------------------------------
 
     def tensors(self) -> list[Tensor]:
