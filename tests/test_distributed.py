@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,20 +28,20 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def port() -> list[str]:
-    """A free one, as an option of torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return ["--master-port", str(free.getsockname()[1])]
-
-
 def torchrun(folder: Path, code: str, processes: int) -> subprocess.CompletedProcess:
     """Runs a program of its own in several processes."""
     script = folder / "program.py"
     script.write_text(code)
     return subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *port()),
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                str(processes),
+                "--standalone",
+            ),
             str(script),
         ],
         cwd=ROOT,
@@ -56,7 +55,7 @@ def start(folder: Path, processes: int, out: str, *options: str) -> subprocess.P
     """`fips compress`, by torchrun if there is more than one process."""
     command = [sys.executable, "-m"]
     if processes > 1:
-        command += ["torch.distributed.run", "--nproc-per-node", str(processes), *port(), "-m"]
+        command += ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m"]
     command += ["fips_ext", "compress", str(folder / "model"), "--out", str(folder / out)]
     command += ["--calib", str(folder / "text.txt"), "--ratio", "0.6", "--tokens", "2048", "--steps", "6"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")

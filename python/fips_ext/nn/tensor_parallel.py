@@ -28,7 +28,7 @@ from .mlp import SharedMLP
 
 
 class SharedMLPParallel(ParallelStyle):
-    """A plan of ``parallelize_module`` for a :class:`SharedMLP`, in place; its input and output are replicated.
+    """A plan of ``parallelize_module`` for a :class:`SharedMLP`, in place; input and output are replicated.
 
     Columns are dealt out so that every device stores about as much. For inference: there are no gradients.
     """
@@ -59,7 +59,7 @@ class SharedMLPParallel(ParallelStyle):
 
 
 def dealt_out(slices: list[BlockSparse], size: int) -> list[int]:
-    """Bounds of ``size`` runs of block columns that hold about as many stored blocks, at least one column each.
+    """Bounds of ``size`` runs of block columns that store about as many blocks, at least one column each.
 
     Raises:
         InvalidArgument: there are fewer block columns.
