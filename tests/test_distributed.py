@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from .tiny_llama import save_text, save_tiny_llama
 
 ROOT = Path(__file__).parents[1]
+TIMEOUT = 300  # seconds: processes that wait for each other do so for ever
 TOLERANCE = 1e-3  # of the RMS of each tensor; sums of parts are rounded otherwise
 
 
@@ -48,6 +49,7 @@ def torchrun(folder: Path, code: str, processes: int) -> subprocess.CompletedPro
         env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"),
         capture_output=True,
         text=True,
+        timeout=TIMEOUT,
     )
 
 
@@ -67,7 +69,7 @@ def start(folder: Path, processes: int, out: str, *options: str) -> subprocess.P
 
 def compress(folder: Path, processes: int, out: str, *options: str) -> subprocess.CompletedProcess:
     job = start(folder, processes, out, *options)
-    output, errors = job.communicate()
+    output, errors = job.communicate(timeout=TIMEOUT)
     return subprocess.CompletedProcess(job.args, job.returncode, output, errors)
 
 
@@ -119,12 +121,14 @@ def test_a_process_that_dies_fails_the_job_and_the_next_goes_on(folder) -> None:
     assert expected.returncode == 0, expected.stderr
     job = start(folder, 2, "killed", *options)
     kept = folder / "killed.partial"
+    end = time.monotonic() + TIMEOUT
     while not list(kept.glob("group-*.json")):
         assert job.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.01)
     workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True)
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
-    _, said = job.communicate(timeout=120)
+    _, said = job.communicate(timeout=TIMEOUT)
     assert job.returncode != 0
     assert "SIGKILL" in said or "Signal 9" in said
     assert not (folder / "killed").exists()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,7 +20,9 @@ from torch import nn
 from fips_ext import Journal, Recipe, compress
 from fips_ext._atomic import clear_leftovers, replaced_directory
 from fips_ext.errors import CheckpointError, InvalidArgument
+from fips_ext.fingerprint import Fingerprint, of_model
 
+from .tiny_llama import tiny_llama
 from .tiny_models import build
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -129,10 +132,61 @@ def test_a_damaged_group_is_computed_again(tmp_path, damage):
     assert len(weights.read_bytes()) == len(data)
 
 
+def test_groups_of_another_run_are_not_taken(tmp_path):
+    """As on a node whose folder nobody cleared."""
+    expected, _ = run(tmp_path / "new", ratio=0.7)
+    run(tmp_path / "old")
+    (tmp_path / "old" / "inputs.json").write_bytes((tmp_path / "new" / "inputs.json").read_bytes())
+    found, _ = run(tmp_path / "old", ratio=0.7)
+    assert equal(found, expected)
+
+
+def test_without_groups_anything_may_begin(tmp_path, monkeypatch):
+    def stop(*_arguments: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "store", stop)
+        with pytest.raises(Stopped):
+            run(tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+    run(tmp_path / "work", ratio=0.7)
+
+
+def test_the_config_counts(tmp_path):
+    """Weights alone do not say what a model computes."""
+
+    def fingerprint(**changes) -> str:
+        torch.manual_seed(0)
+        return of_model(tiny_llama(**changes))
+
+    assert fingerprint() == fingerprint()
+    assert fingerprint() != fingerprint(rope_theta=500.0)
+    assert fingerprint() != fingerprint(hidden_act="gelu")
+
+
+def test_fingerprints_of_what_models_are_given():
+    def of(*values: object) -> str:
+        return Fingerprint().add(values).hexdigest()
+
+    class Anything:
+        pass
+
+    long = np.arange(10_000)
+    other = long.copy()
+    other[5000] = 0  # where numpy's repr has dots
+    values = [1, 1.0, True, "1", None, torch.tensor(1), torch.tensor([1]), long, other, {"a": 1}, {"b": 1}]
+    found = [of(value) for value in values] + [of(1, 2), of([1, 2])]
+    assert len(set(found)) == len(found)
+    assert of(long) == of(long.copy())
+    assert of(Anything()) == of(Anything())
+    assert of(torch.ones(4, 2).t()) == of(torch.ones(2, 4))
+
+
 def test_damaged_inputs_are_an_error(tmp_path):
     run(tmp_path / "work")
     (tmp_path / "work" / "inputs.json").write_text("[")
-    with pytest.raises(CheckpointError, match=r"inputs.json: damaged .* delete .*work to begin anew"):
+    with pytest.raises(CheckpointError, match=r"inputs.json: damaged; delete .*work to begin anew"):
         run(tmp_path / "work")
 
 
@@ -161,6 +215,22 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     process.join()
     with Journal(tmp_path / "work"):
         pass
+
+
+def test_processes_of_a_job_share_it(tmp_path):
+    first = Journal(tmp_path / "work")
+    with pytest.raises(InvalidArgument, match="another process works in"):
+        Journal(tmp_path / "work", joined=True)
+    first.share()
+    second = Journal(tmp_path / "work", joined=True)
+    with pytest.raises(InvalidArgument, match="another process works in"):
+        Journal(tmp_path / "work")
+    (tmp_path / "work" / "group-0000.json").write_text("{}")  # something that is kept
+    first.close()
+    with pytest.raises(InvalidArgument, match="another process works in"):
+        Journal(tmp_path / "work")  # one of the job still lives
+    second.close()
+    Journal(tmp_path / "work").close()
 
 
 def test_an_empty_journal_leaves_no_folder(tmp_path):
@@ -206,21 +276,22 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
         pytest.raises(CheckpointError, match=rf"{os.strerror(errno.EFBIG)}.*make room.* 0 groups"),
     ):
         run(tmp_path / "work")
-    assert {path.name for path in (tmp_path / "work").iterdir()} == {"lock", "scratch", "inputs.json"}
+    assert not (tmp_path / "work").exists()  # no group was finished
     found, _ = run(tmp_path / "work")
     assert equal(found, expected)
 
 
-def test_leftovers_of_killed_writes_are_undone(tmp_path):
-    target = tmp_path / "out"
+@pytest.mark.parametrize("name", ["out", "run[1]", "a*"])
+def test_leftovers_of_killed_writes_are_undone(tmp_path, name):
+    target = tmp_path / name
     with replaced_directory(target) as new:
         (new / "a").write_text("first")
-    target.rename(tmp_path / ".out.old-1234")  # killed between the two renames
-    (tmp_path / ".out.new-1234").mkdir()
-    (tmp_path / ".other.new-1234").mkdir()
+    target.rename(tmp_path / f".{name}.old-1234")  # killed between the two renames
+    (tmp_path / f".{name}.new-1234").mkdir()
+    (tmp_path / ".run1.new-1234").mkdir()
     clear_leftovers(target)
     assert (target / "a").read_text() == "first"
-    assert {path.name for path in tmp_path.iterdir()} == {"out", ".other.new-1234"}
-    (tmp_path / ".out.old-5678").mkdir()
+    assert {path.name for path in tmp_path.iterdir()} == {name, ".run1.new-1234"}
+    (tmp_path / f".{name}.old-5678").mkdir()
     clear_leftovers(target)
-    assert {path.name for path in tmp_path.iterdir()} == {"out", ".other.new-1234"}
+    assert {path.name for path in tmp_path.iterdir()} == {name, ".run1.new-1234"}

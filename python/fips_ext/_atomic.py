@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
 import shutil
@@ -45,12 +46,13 @@ def replaced_directory(target: Path) -> Iterator[Path]:
 def clear_leftovers(target: Path) -> None:
     """Undo what killed :func:`replaced_directory` left; only while nothing else writes ``target``."""
     target = target.resolve()
-    for old in target.parent.glob(f".{target.name}.old-*"):
+    name = glob.escape(target.name)
+    for old in target.parent.glob(f".{name}.old-*"):
         if target.exists():
             shutil.rmtree(old)
         else:  # killed between the two renames
             old.rename(target)
-    for new in target.parent.glob(f".{target.name}.new-*"):
+    for new in target.parent.glob(f".{name}.new-*"):
         shutil.rmtree(new)
 
 
@@ -61,10 +63,15 @@ def replace_file(target: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replaced_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside ``target``; what is written there becomes ``target``, or on any error goes."""
+def replaced_file(target: Path, folder: Path | None = None) -> Iterator[Path]:
+    """Yield a path beside ``target``; what is written there becomes ``target``, or on any error goes.
+
+    Args:
+        folder: of that path instead, on the same file system: for writers that leave files of other names when
+            they are killed.
+    """
     target = target.resolve()
-    new = target.with_name(f".{target.name}.new-{secrets.token_hex(4)}")
+    new = (folder or target.parent) / f".{target.name}.new-{secrets.token_hex(4)}"
     try:
         yield new
         _flush_one(new)

@@ -103,9 +103,10 @@ def compress(
     try:
         run.take(data)
         distributed.check_equal(run.inputs, "compress")
-        if journal is not None and distributed.rank() == 0:
-            journal.begin(run.inputs)
-        distributed.barrier()
+        for turn in (True, False):  # the folder is that of the first process, or each node has its own
+            if journal is not None and (distributed.rank() == 0) == turn:
+                journal.begin(run.inputs)
+            distributed.barrier()
         run.plan()
         run.finish_groups(journal)
         if recipe.distill_steps > 0:
@@ -167,7 +168,7 @@ class Compression:
             "recipe": json.dumps(recipe.to_dict()),
             "model": of_model(self.model),
             "calibration": Fingerprint().add(given).hexdigest(),
-            "device": str(self.device),
+            "device": _device_name(self.device),
             "memory": "bounded" if memory.is_bounded() else "as it is",
             "number of threads": str(torch.get_num_threads()),
             "version of torch": torch.__version__,
@@ -225,6 +226,10 @@ class Compression:
         """Initialise, train and install every group; those that a journal keeps come from there."""
         teams = distributed.Teams(len(self.groups))
         alone = distributed.size() == 1
+        for index in teams.mine():  # what cannot be compressed is found before anything is replaced
+            if self._calibration is not None and (journal is None or not journal.has(index)):
+                for mlp in self.groups[index].mlps:
+                    self._calibration.observe(mlp)
         for index in teams.mine():
             group, team = self.groups[index], teams.of(index)
             finished = journal.load(index, group.names) if journal is not None and team.leads else None
@@ -449,6 +454,13 @@ def _model_bytes(model: nn.Module) -> int:
     """Bytes of every tensor a checkpoint of ``model`` stores, tied ones once."""
     tensors = {t.data_ptr(): t for t in model.state_dict().values()}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _device_name(device: torch.device) -> str:
+    """Of the kind of device: equal on machines that compute the same."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -20,6 +20,8 @@ from .surgery.linear_map import is_conv1d
 
 Json = dict[str, Any]
 FORMAT_VERSION = 2  # 2: slices may hold codes
+_ROLES = ("up", "gate", "down")
+_MOST = 2**40  # no size of a model is near
 _SECTIONS = {
     "mlps": list,
     "absorbed": list,
@@ -40,11 +42,52 @@ def check_structure(structure: Any, where: str) -> Json:
             "upgrade fips_ext"
         )
     wrong = [key for key, kind in _SECTIONS.items() if not isinstance(structure.get(key), kind)]
-    if not wrong and not structure["mlps"]:
-        wrong = ["mlps"]
+    if not wrong and (
+        not structure["mlps"]
+        or structure["block_linear_bytes"] < 0
+        or not all(_is_mlp(entry) for entry in structure["mlps"])
+    ):
+        wrong = ["mlps"] if structure["block_linear_bytes"] >= 0 else ["block_linear_bytes"]
     if wrong:
         raise CheckpointError(f"{where}: {wrong} are missing or malformed; copy or save it again")
     return structure
+
+
+def _is_mlp(entry: Any) -> bool:
+    """Whether an entry of ``mlps`` has the fields, of the kinds and in the ranges, that the format says."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("slices"), dict):
+        return False
+    paths, biases, slices = entry.get("paths"), entry.get("biases"), entry["slices"]
+    return (
+        isinstance(paths, list)
+        and bool(paths)
+        and all(isinstance(path, str) for path in (*paths, entry.get("base_owner"), entry.get("activation")))
+        and _is_size(entry.get("width"), 1)
+        and _is_size(entry.get("hidden"), 1)
+        and isinstance(entry.get("identity"), bool)
+        and _is_size(entry.get("rank"))
+        and (entry.get("rank_out", 0) is None or _is_size(entry.get("rank_out")))
+        and isinstance(biases, list)
+        and all(role in _ROLES for role in biases)
+        and {"up", "down"} <= set(slices) <= set(_ROLES)
+        and all(_is_slice(sizes) for sizes in slices.values())
+    )
+
+
+def _is_slice(sizes: Any) -> bool:
+    return (
+        isinstance(sizes, dict)
+        and all(_is_size(sizes.get(key)) for key in ("rows", "cols", "num_blocks", "num_values"))
+        and isinstance(sizes.get("block"), list)
+        and len(sizes["block"]) == 2
+        and all(_is_size(edge, 1) for edge in sizes["block"])
+        and sizes.get("encoding") in ("block", "bitmap")
+        and sizes.get("bits") in (None, 4, 8)
+    )
+
+
+def _is_size(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < _MOST
 
 
 def describe(model: nn.Module) -> Json:
@@ -122,11 +165,12 @@ def _renamed(structure: Json, name: Callable[[str], str]) -> Json:
     }
 
 
-def rebuild(model: nn.Module, structure: Json, where: str = "fips.json") -> None:
+def rebuild(model: nn.Module, structure: Json, where: str = "fips.json", *, replaces: bool = True) -> None:
     """Put empty ``SharedMLP`` modules (on the meta device) into a dense ``model``, in place.
 
     Args:
         where: the structure is from, for messages.
+        replaces: what stands there now must be an MLP of the same sizes: no size is taken from a file alone.
 
     Raises:
         CheckpointError: the structure is malformed or does not fit the model.
@@ -144,6 +188,8 @@ def rebuild(model: nn.Module, structure: Json, where: str = "fips.json") -> None
             mlp = _empty_mlp(entry, owner)
             built[entry["paths"][0]] = mlp
             for path in entry["paths"]:
+                if replaces:
+                    _check_replaced(model.get_submodule(path), entry, where)
                 _replace(model, path, mlp)
         for path in structure["absorbed"]:
             _replace(model, path, AbsorbedLinear())
@@ -276,6 +322,18 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     model.get_submodule(path)  # raises AttributeError that names what is missing
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent).register_module(name, module)
+
+
+def _check_replaced(module: nn.Module, entry: Json, where: str) -> None:
+    """Raise ``CheckpointError`` unless ``module`` holds a map ``[hidden, width]``, or two of them in one."""
+    width, hidden = entry["width"], entry["hidden"]
+    shapes = {tuple(p.shape) for p in module.parameters() if p.dim() == 2}
+    wanted = {shape for n in (hidden, 2 * hidden) for shape in ((n, width), (width, n))}
+    if not shapes & wanted and not isinstance(module, SharedMLP):
+        raise CheckpointError(
+            f"{where}: {entry['paths'][0]} is {hidden} × {width}, but the model has {sorted(shapes)} there; "
+            "config.json or model= is of another model"
+        )
 
 
 def _paths_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:

@@ -330,22 +330,22 @@ def _skeleton(folder: Path, structure: Json) -> nn.Module:
         )
     if timm_models.is_timm_config(config := _read_config(folder)):
         return timm_models.empty_timm(config)
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    from .integrations.transformers import empty_model
+    from .integrations.transformers import empty_model, read_config
 
-    try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder / _CONFIG}: transformers cannot read it ({error}); copy or save it again"
-        ) from error
+    config = read_config(folder)
     # The dense class is built; its MLPs are replaced by what fips.json says.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = empty_model(config)
     if (folder / _GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # its validators have exceptions of their own
+            raise CheckpointError(
+                f"{folder / _GENERATION}: transformers cannot read it ({error}); copy or save it again"
+            ) from error
     return model
 
 

@@ -4,12 +4,14 @@ Batches of calibration data are dealt out in turns, and groups: each is worked o
 there are more processes than groups, by a team that shares out the tokens of every step. Sums of parts differ
 from the sum of one process by rounding alone: what is drawn at random does not depend on how many there are.
 
-Without a process group there is one process, and every function here does nothing.
+Outside of :func:`processes` there is one process, whatever else a program does with ``torch.distributed``,
+and every function here does nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,9 +22,14 @@ from torch import Tensor, nn
 
 from .errors import InvalidArgument
 
+# torchrun notices a process that dies; one that works longer than others is no reason to give up.
+_PATIENCE = datetime.timedelta(days=30)
+
+_joined = False
+
 
 def _is_active() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return _joined
 
 
 def rank() -> int:
@@ -36,21 +43,33 @@ def size() -> int:
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Within it those that ``torchrun`` started know each other; without ``torchrun`` there is one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _is_active():
+    """Within it the processes that ``torchrun`` started work together; without ``torchrun`` there is one.
+
+    All of them must then call :func:`fips_ext.calibrate` and :func:`fips_ext.compress` alike.
+    """
+    global _joined
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _joined:
         yield
         return
-    cuda = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    owned = not dist.is_initialized()
+    if owned:
+        cuda = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    _joined = True
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        _joined = False
+        if owned:
+            dist.destroy_process_group()
 
 
 def own_device(device: str) -> str:
     """``cuda`` as the GPU of this process; any other as it is."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and size() > 1 else device
+    if device != "cuda" or size() == 1:
+        return device
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return f"cuda:{torch.cuda.current_device()}"
 
 
 def barrier() -> None:

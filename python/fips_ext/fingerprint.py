@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import memory
 
+_PLAIN = (str, int, float, bool, bytes, type(None), torch.dtype, torch.device)
 _CHUNK = 2**24  # elements at a time: a strided or a device's tensor is copied
 
 
@@ -21,7 +23,7 @@ class Fingerprint:
         self._hash = hashlib.sha256()
 
     def add(self, value: Any) -> Fingerprint:
-        """A tensor, a mapping or sequence of such, or anything whose ``repr`` says what it is."""
+        """A tensor, array or plain value, a mapping or sequence of such; of anything else its type."""
         if isinstance(value, Tensor):
             self._add_tensor(value.detach())
         elif isinstance(value, Mapping):
@@ -32,8 +34,12 @@ class Fingerprint:
             self._mark(f"sequence {len(value)}")
             for item in value:
                 self.add(item)
+        elif isinstance(value, np.ndarray):
+            self._add_tensor(torch.from_numpy(np.ascontiguousarray(value)))
+        elif isinstance(value, _PLAIN):
+            self._mark(f"{type(value).__name__} {value!r}")
         else:
-            self._mark(repr(value))
+            self._mark(type(value).__qualname__)
         return self
 
     def hexdigest(self) -> str:
@@ -53,5 +59,11 @@ class Fingerprint:
 
 
 def of_model(model: nn.Module) -> str:
-    """Of every tensor that a checkpoint of ``model`` stores."""
-    return Fingerprint().add(model.state_dict()).hexdigest()
+    """Of what a model is, and of every tensor that a checkpoint of it stores."""
+    config = getattr(model, "config", None)
+    described = config.to_dict() if hasattr(config, "to_dict") else None
+    if described is not None:  # but for where it came from, and by what it was written
+        kept = sorted(described.items(), key=lambda item: str(item[0]))
+        described = {k: v for k, v in kept if not str(k).startswith("_") and k != "transformers_version"}
+    found = Fingerprint().add(type(model).__qualname__).add(described)
+    return found.add(model.state_dict()).hexdigest()

@@ -66,10 +66,11 @@ class FinishedGroup:
         """
         scales = {name: tensors[f"{name}.rounding"] for name in document["roundings"]}
         structure = document["structure"]
-        found = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rounding")}
+        # Copies: a file maps tensors at any address, which the last bits of a product depend on.
+        found = {name: tensor.clone() for name, tensor in tensors.items() if not name.endswith(".rounding")}
         found |= {alias: found[kept] for alias, kept in structure["tied"].items()}
         holder = nn.ModuleList(nn.Identity() for _ in document["names"])
-        rebuild(holder, structure, "the group")
+        rebuild(holder, structure, "the group", replaces=False)
         holder.load_state_dict(found, strict=True, assign=True)
         for name, bits in document["roundings"].items():
             holder.get_submodule(name).rounding = Rounding(bits, scales[name])

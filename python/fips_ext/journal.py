@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -51,33 +53,35 @@ class Journal:
 
     Args:
         folder: made if it is not there.
-
-        joined: a process of the job that has the folder already, see :mod:`~.distributed`.
+        request: says what was asked for, in words of the caller; see :meth:`request`.
+        joined: a further process of a job, see :mod:`~.distributed`; the first one has called :meth:`share`.
 
     Raises:
-        InvalidArgument: another process works in the folder, or it is something else.
+        InvalidArgument: another run works in the folder, or it is something else.
         OSError: it cannot be written.
     """
 
-    def __init__(self, folder: str | Path, *, joined: bool = False) -> None:
-        self.folder = Path(folder)
-        self._lock: IO[bytes] | None = None
-        if joined:
-            self.scratch.mkdir(parents=True, exist_ok=True)
-            return
+    def __init__(self, folder: str | Path, *, request: str = "", joined: bool = False) -> None:
+        self.folder = Path(folder).resolve()
+        self._request, self._joined, self._run = request, joined, ""
         if self.folder.exists() and not self.folder.is_dir():
             raise InvalidArgument(f"journal: {self.folder} is a file; give a folder")
-        self._lock = _locked(self.folder)
+        self._lock = _locked(self.folder, fcntl.LOCK_SH if joined else fcntl.LOCK_EX)
+        if joined:
+            self.scratch.mkdir(exist_ok=True)
+            return
         strange = [path.name for path in self.folder.iterdir() if not _is_ours(path.name)]
         if strange:
-            self.close()
+            self._lock.close()
             raise InvalidArgument(
                 f"journal: {self.folder} holds {strange[0]!r}, which no compression wrote; give another"
             )
         for path in self.folder.glob(".*.new-*"):
             path.unlink()
+        for path in self.folder.parent.glob(f".{glob.escape(self.folder.name)}.old-*"):
+            shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir()
+        self.scratch.mkdir(exist_ok=True)
 
     def __enter__(self) -> Journal:
         return self
@@ -86,12 +90,14 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Let another process work in the folder; one that holds nothing goes."""
-        if self._lock is None or self._lock.closed:
-            return
-        if {path.name for path in self.folder.iterdir()} <= {_LOCK, _SCRATCH}:
-            shutil.rmtree(self.folder)
+        """Let another run work in the folder; one without groups goes."""
+        if not self._lock.closed and not self._joined and self.finished() == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
+
+    def share(self) -> None:
+        """Let processes of this job join; no other run can work here while one of them lives."""
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def begin(self, inputs: dict[str, str]) -> None:
         """Say what the groups will be made of.
@@ -104,20 +110,24 @@ class Journal:
             CheckpointError: what they were made of cannot be read.
         """
         path = self.folder / _INPUTS
-        document = {"version": _VERSION, **inputs}
-        if not path.exists():
+        self._run = _digest(inputs)
+        if not path.exists() or (self.finished() == 0 and not self._joined):
+            document = {"version": _VERSION, "request": self._request, "inputs": inputs}
             replace_file(path, json.dumps(document, indent=1))
             return
-        try:
-            found = read_json(path)
-            changed = [name for name in document if found.get(name) != document[name]]
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path}: damaged ({error}); delete {self.folder} to begin anew") from error
+        found = self.inputs()
+        if found is None:
+            raise CheckpointError(f"{path}: damaged; delete {self.folder} to begin anew")
+        changed = [name for name in inputs if found.get(name) != inputs[name]]
         if changed:
-            raise InvalidArgument(
-                f"journal: {self.folder} holds groups of a run with another {' and another '.join(changed)}; "
-                "give the same model, data and settings to go on with it, or delete it to begin anew"
-            )
+            self.refuse(changed)
+
+    def refuse(self, changed: list[str]) -> None:
+        """Raise ``InvalidArgument``: the inputs named ``changed`` are others than those of the groups."""
+        raise InvalidArgument(
+            f"journal: {self.folder} holds groups of a run with another {' and another '.join(changed)}; "
+            "give the same model, data and settings to go on with it, or delete it to begin anew"
+        )
 
     @property
     def scratch(self) -> Path:
@@ -125,16 +135,28 @@ class Journal:
         return self.folder / _SCRATCH
 
     def inputs(self) -> dict[str, str] | None:
-        """What :meth:`begin` was given in an earlier run; None if it was never reached."""
+        """What :meth:`begin` was given in an earlier run; None if it was never reached, or is damaged."""
+        found = self._document().get("inputs")
+        return found if isinstance(found, dict) else None
+
+    def request(self) -> str | None:
+        """The ``request`` of an earlier run."""
+        return self._document().get("request")
+
+    def _document(self) -> dict[str, Any]:
         try:
             found = read_json(self.folder / _INPUTS)
-            return {name: found[name] for name in found if name != "version"}
-        except (OSError, ValueError, TypeError):
-            return None
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def finished(self) -> int:
         """How many groups are kept."""
         return len(list(self.folder.glob("group-*.json")))
+
+    def has(self, index: int) -> bool:
+        """Whether a group seems to be kept."""
+        return self._path(index, "json").exists()
 
     def store(self, index: int, group: FinishedGroup) -> None:
         """Keep a group, durably.
@@ -156,7 +178,7 @@ class Journal:
         Args:
             names: of its MLPs.
         """
-        if not self._path(index, "json").exists():
+        if not self.has(index):
             return None
         try:
             return self._read(index, names)
@@ -165,17 +187,24 @@ class Journal:
             return None
 
     def discard(self) -> None:
-        """Delete the folder: the model is saved."""
+        """Delete the folder: the model is saved. Of a joined process, only what is of this run."""
+        if self._joined and _digest(self.inputs() or {}) != self._run:
+            self._lock.close()
+            return
         for path in self.folder.glob("group-*"):
-            path.unlink()
+            path.unlink(missing_ok=True)
         # Killed before this, a run knows that it is done; after it, nothing is left that speaks of one.
-        (self.folder / _INPUTS).unlink(missing_ok=True)
-        shutil.rmtree(self.folder)
+        # Whoever takes the lock next takes that of a new folder.
+        aside = self.folder.with_name(f".{self.folder.name}.old-{secrets.token_hex(4)}")
+        with contextlib.suppress(FileNotFoundError):
+            self.folder.rename(aside)
         self._lock.close()
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _write(self, index: int, group: FinishedGroup) -> None:
         tensors, document = group.encode()
-        with replaced_file(self._path(index, "safetensors")) as new:
+        document["run"] = self._run
+        with replaced_file(self._path(index, "safetensors"), self.scratch) as new:
             save_file(tensors, new)
             document["sha256"] = _sha256(new)
         replace_file(self._path(index, "json"), json.dumps(document))
@@ -183,8 +212,8 @@ class Journal:
     def _read(self, index: int, names: list[str]) -> FinishedGroup:
         document = read_json(self._path(index, "json"))
         weights = self._path(index, "safetensors")
-        if document["names"] != names:
-            raise ValueError(f"it is of {document['names']}")
+        if document["names"] != names or document["run"] != self._run:
+            raise ValueError(f"it is of {document['names']} in another run")
         if _sha256(weights) != document["sha256"]:
             raise ValueError("its checksum differs")
         return FinishedGroup.decode(load_file(weights), document)
@@ -200,24 +229,31 @@ def _is_ours(name: str) -> bool:
     )
 
 
-def _locked(folder: Path) -> IO[bytes]:
+def _locked(folder: Path, kind: int) -> IO[bytes]:
     """The open lock file of ``folder``, locked."""
     path = folder / _LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = path.open("ab")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = path.open("ab")
+        except FileNotFoundError:  # renamed since
+            continue
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.close()
             raise InvalidArgument(
                 f"journal: another process works in {folder}; wait for it, or give another folder"
             ) from error
-        # A run that has just finished may have deleted the file between the two calls.
+        # A run that has just finished may have moved the file away between the two calls.
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
                 return lock
         lock.close()
+
+
+def _digest(inputs: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from .errors import MemoryLimit
+from .errors import InvalidArgument, MemoryLimit
 
 CHUNK = 2**25
 """Elements that an algorithm works on at once, where it can choose."""
@@ -50,7 +50,11 @@ def bounded(folder: str | Path, limit: int | None = None) -> Iterator[None]:
         folder: on a disk with room for them. They have no names there, and end with the process.
         limit: bytes that the process may have resident. It is looked at by :func:`relax`.
 
+    For the rest of the process, glibc returns what large tensors had when they go, and as many files may be
+    open as the system allows.
+
     Raises:
+        InvalidArgument: a limit, where the system does not say what is resident.
         MemoryLimit: from :func:`relax`, if there was more.
         OSError: from :func:`keep` and :func:`empty`, if the disk is full.
     """
@@ -176,6 +180,8 @@ class _Workspace:
         self._used = 0
         with contextlib.suppress(OSError), Path("/proc/self/clear_refs").open("w") as file:
             file.write("5")  # begin a new high-water mark
+        if limit is not None and not peak():
+            raise InvalidArgument("max_memory: this system does not say what is resident; leave it out")
         _return_what_is_freed()
         # A mapping holds its file open.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -212,7 +218,7 @@ class _Workspace:
         if self._limit is not None and most > self._limit:
             raise MemoryLimit(
                 f"max_memory: {_gib(most)} were needed at once, {_gib(self._limit)} are allowed; allow more, "
-                "or give a smaller group_size, rank or tokens_per_step"
+                "and the same command goes on; or begin anew with a smaller group_size or rank"
             )
 
 

@@ -111,7 +111,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for malformed files
         raise CheckpointError(
             f"{folder}: its tokenizer does not load ({_first_line(error)}); save it again"
@@ -159,8 +159,13 @@ def _processor(folder: Path) -> ProcessorTransform:
     from transformers import AutoImageProcessor
 
     try:
-        return ProcessorTransform(AutoImageProcessor.from_pretrained(str(folder), local_files_only=True))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        processor = AutoImageProcessor.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        return ProcessorTransform(processor)
+    except ImportError:
+        raise
+    except Exception as error:  # its validators have exceptions of their own
         raise CheckpointError(
             f"{folder}: its image processor does not load ({_first_line(error)}); save it again"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from enum import Enum
@@ -177,7 +178,11 @@ def compress(
     check_device(device)
     if images is not None and calib is not None:
         raise typer.BadParameter("--calib: text and --images exclude each other; give one")
+    if max_memory is not None:
+        _check_bounded(model, device)
     if dry_run:
+        if max_memory is not None:
+            ctx.with_resource(memory.bounded(ctx.with_resource(tempfile.TemporaryDirectory()), max_memory))
         loaded, _ = _load(model, images, weights, dtype, device)
         print_forecast(loaded, recipe, as_json)
         return
@@ -191,7 +196,8 @@ def compress(
 
     ctx.with_resource(distributed.processes())
     leads, device = distributed.rank() == 0, distributed.own_device(device)
-    journal, saved = _begin(ctx, out, recipe, overwrite)
+    request = _request(recipe, model, calib, images, weights, dtype)
+    journal, saved = _begin(ctx, out, recipe, request, overwrite)
     if saved is not None:
         # Killed after the last step but one: what is left is to clean up.
         journal.discard()
@@ -199,7 +205,6 @@ def compress(
     if distributed.gather(saved is not None)[0]:
         return
     if max_memory is not None:
-        _check_bounded(model, device)
         ctx.with_resource(memory.bounded(journal.scratch, max_memory))
     loaded, reader = _load(model, images, weights, dtype, device)
     if images is None:
@@ -232,9 +237,23 @@ def compress(
     if leads:
         journal.discard()
         print_report(out, report, seconds, as_json)
+    distributed.barrier()
+    if not leads:
+        journal.discard()
 
 
-def _begin(ctx: typer.Context, out: Path, recipe: Recipe, overwrite: bool) -> tuple[Journal, Report | None]:
+def _request(recipe: Recipe, model: str, *others: Any) -> str:
+    """A fingerprint of what the command was given, not of what is there."""
+    from ..fingerprint import Fingerprint
+
+    given = [recipe.to_dict(), model, *map(str, others)]
+    paths = [str(Path(value).resolve()) for value in given[1:] if Path(value).exists()]
+    return Fingerprint().add([given, paths]).hexdigest()
+
+
+def _begin(
+    ctx: typer.Context, out: Path, recipe: Recipe, request: str, overwrite: bool
+) -> tuple[Journal, Report | None]:
     """The journal of ``out``, and the report of an earlier run that had only that left to delete.
 
     The first process of a job takes the folder, the others join it.
@@ -245,13 +264,18 @@ def _begin(ctx: typer.Context, out: Path, recipe: Recipe, overwrite: bool) -> tu
     if distributed.rank() > 0:
         distributed.barrier()
         with writing_to(out):
-            return Journal(partial_of(out), joined=True), None
+            return ctx.with_resource(Journal(partial_of(out), joined=True)), None
     with writing_to(out):
-        journal = ctx.with_resource(Journal(partial_of(out)))
+        journal = ctx.with_resource(Journal(partial_of(out), request=request))
         clear_leftovers(out)
-    saved = _saved_before(out, journal, recipe)
+    saved = _saved_before(out, journal, request)
     if saved is None:
         check_replaceable(out, overwrite)
+        inputs = journal.inputs()
+        if inputs is not None and journal.finished() and json.loads(inputs["recipe"]) != recipe.to_dict():
+            journal.refuse(["recipe"])
+    if distributed.size() > 1:
+        journal.share()
     distributed.barrier()
     return journal, saved
 
@@ -267,19 +291,22 @@ def _check_bounded(model: str, device: str) -> None:
 
 def partial_of(out: Path) -> Path:
     """Where the finished groups of an unfinished compression into ``out`` are."""
+    out = out.resolve()
+    if not out.name:
+        raise InvalidArgument(f"--out: {out} is no folder that can be written; give another")
     return out.with_name(f"{out.name}.partial")
 
 
-def _saved_before(out: Path, journal: Journal, recipe: Recipe) -> Report | None:
-    """The report of the checkpoint in ``out``, if the run of ``journal``, with ``recipe``, ended in it."""
+def _saved_before(out: Path, journal: Journal, request: str) -> Report | None:
+    """The report of the checkpoint in ``out``, if a run of the same command ended in it."""
     inputs = journal.inputs()
-    if inputs is None or not (out / CHECKPOINT_FILE).is_file():
+    if inputs is None or journal.request() != request or not (out / CHECKPOINT_FILE).is_file():
         return None
     from ..checkpoint import info
 
     report = info(out)["report"]
     same = isinstance(report, dict) and report.get("inputs") == inputs
-    return Report.from_dict(report) if same and json.loads(inputs["recipe"]) == recipe.to_dict() else None
+    return Report.from_dict(report) if same else None
 
 
 def print_report(out: Path, report: Report, seconds: float | None, as_json: bool) -> None:
@@ -380,6 +407,7 @@ def check_replaceable(out: Path, overwrite: bool) -> None:
 
 
 def demo(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint and summary.json.")] = Path("demo-out"),
     ratio: Annotated[float, typer.Option(help="MLP bytes to keep.")] = 0.65,
     as_json: JsonOption = False,
@@ -401,13 +429,14 @@ def demo(
         raise typer.BadParameter(str(error)) from error
     from ..journal import Journal
 
-    with writing_to(out), Journal(partial_of(out)):
-        pass  # permissions alone do not tell: file systems refuse, too
+    with writing_to(out):
+        journal = ctx.with_resource(Journal(partial_of(out)))  # nobody else writes here meanwhile
     check_replaceable(out, overwrite=True)
     from ..integrations.demo import run_demo, summary_table
 
     quiet_transformers()
     summary = run_demo(out, recipe, note=note, progress_bar=progress_bar)
+    journal.close()
     if as_json:
         print_json(dataclasses.asdict(summary))
         return

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .._json import read_json
 from ..errors import CheckpointError, InvalidArgument
 from ..nn import SharedMLP
 from ..surgery import AbsorbedLinear
@@ -140,7 +141,7 @@ def is_timm_config(config: Any) -> bool:
 def is_timm_folder(folder: Path) -> bool:
     """Whether a folder holds such a ``config.json``."""
     try:
-        return is_timm_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return is_timm_config(read_json(folder / "config.json"))
     except (OSError, ValueError):
         return False
 

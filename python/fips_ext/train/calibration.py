@@ -106,6 +106,14 @@ class Calibration:
             self._held_out,
         )
 
+    def observe(self, mlp: DenseMLP) -> None:
+        """Look at ``mlp`` now, and not when something of it is first asked for.
+
+        Raises:
+            NumericalError: NaN or Inf in its activations.
+        """
+        self._observe(self.names.index(mlp.name), mlp)
+
     def _observe(self, index: int, mlp: DenseMLP) -> Observation:
         """When it is first asked for: not every process, nor every run, needs all MLPs."""
         if index not in self._observations:

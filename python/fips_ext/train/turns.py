@@ -56,6 +56,13 @@ class Turns:
                 self._forget_first()
         elif mine:
             self._check(before, tokens)
+            drawn = math.prod(self._meter.seen_shape[:-1]) if is_metered else 0
+            if is_metered and drawn != self._outputs * positions // self._positions:
+                raise InvalidArgument(
+                    f"data: the model gives {drawn} predictions for a batch of {positions} positions, but "
+                    f"{self._outputs} for the first, of {self._positions}; give batches of one kind, or use "
+                    "one process"
+                )
         else:
             for index, rows in enumerate(self._rows):
                 self._store.skip(index, rows * tokens // self._tokens)
