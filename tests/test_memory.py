@@ -293,8 +293,8 @@ def _added(index: Path) -> None:
 # -- the command ------------------------------------------------------------------------------------
 
 
-def test_a_folder_larger_than_what_is_allowed(tmp_path) -> None:
-    """In a process of its own, whose peak is its own."""
+def test_the_command_keeps_to_a_limit(tmp_path) -> None:
+    """In a process of its own, whose peak is its own; `make reliability` takes models above the limit."""
     code = """
 import json, pathlib, sys
 from tests.reliability.bounded import compress, save_random_llama, save_text

@@ -64,11 +64,11 @@ def replace_file(target: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replaced_file(target: Path, folder: Path | None = None) -> Iterator[Path]:
-    """Yield a path beside ``target``; what is written there becomes ``target``, or on any error goes.
+    """Yield a path beside ``target``; what is written there becomes it, or on any error goes.
 
     Args:
-        folder: of that path instead, on the same file system: for writers that leave files of other names when
-            they are killed.
+        folder: of that path instead, on the same file system: for writers that leave files of other names
+            when they are killed.
     """
     target = target.resolve()
     new = (folder or target.parent) / f".{target.name}.new-{secrets.token_hex(4)}"

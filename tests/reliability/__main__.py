@@ -49,9 +49,7 @@ def kills(folder: Path) -> dict[str, object]:
 
 
 def full_disks(folder: Path) -> dict[str, object]:
-    from .full_disk import fill_up
-
-    return fill_up(folder)
+    return json.loads(run("-m", "tests.reliability.full_disk", str(folder)))
 
 
 def hostile_files(folder: Path) -> dict[str, object]:
@@ -85,10 +83,12 @@ def processes(folder: Path) -> dict[str, object]:
 def memory(folder: Path) -> dict[str, object]:
     options = ["--ratio", "0.6", "--steps", "2", "--tokens", "2048", "--group-size", "2"]
     options += ["--base", "shared", "--rank", "512", "--pattern", "block:64x64"]
-    sizes = ["--width", "1024", "--hidden", "3584", "--depths", "6,12", "--limit", "1.25GiB"]
+    sizes = ["--width", "1024", "--hidden", "3584", "--depths", "8,56", "--limit", "1.25GiB"]
     threads = torch.get_num_threads()
     lines = run("-m", "tests.reliability.bounded", str(folder), *sizes, *options, threads=threads)
     found = [json.loads(line) for line in lines.splitlines()]
+    assert found[1]["model"] > 1.25 * 2**30  # no room for its weights alone
+    assert abs(found[1]["peak"] - found[0]["peak"]) < found[0]["two layers"] / 2
     return {
         f"peak at {int(depth['layers'])} layers, model of {depth['model'] / 2**20:.0f} MiB": (
             f"{depth['peak'] / 2**20:.0f} MiB of 1280 allowed"
