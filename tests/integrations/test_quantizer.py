@@ -152,7 +152,7 @@ def test_in_a_fresh_process(order: str, tmp_path: Path) -> None:
     [
         ({"format_version": 99}, "format_version is 99"),
         ({"mlps": []}, "missing or malformed"),
-        ({"mlps": [{}]}, "does not describe this model"),
+        ({"mlps": [{}]}, "missing or malformed"),
         ({"absorbed": ["model.nothing"]}, "does not describe this model"),
     ],
 )
