@@ -76,7 +76,7 @@ asan-test: $(VENV)/.tools | gtest
 	ctest --preset asan
 
 python-test: $(INSTALLED) $(VENV)/.demo-data
-	FIPS_EMULATED_LIBRARY=$(CURDIR)/$(BUILD)/tests/cpp/fips_emulated.so $(BIN)/python -m pytest
+	FIPS_EMULATED_LIBRARY=$(CURDIR)/$(BUILD)/tests/cpp/fips_emulated.so $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # In a folder of its own: a torchvision that was built for another torch must not be seen by anything else.
 TIMM := timm==1.0.31 torchvision==0.28.0
