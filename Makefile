@@ -87,7 +87,7 @@ build/timm: $(VENV)/.tools Makefile
 timm-test: $(INSTALLED) build/timm
 	PYTHONPATH=$(CURDIR)/build/timm $(BIN)/python -m pytest tests/integrations/test_timm.py
 
-# What docs/reliability.md promises, with counts and figures: 20 minutes.
+# What docs/reliability.md promises, with counts and figures.
 reliability: $(INSTALLED)
 	$(BIN)/python -m tests.reliability --out build/reliability.json
 

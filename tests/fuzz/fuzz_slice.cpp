@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../cpp/elements.h"
 #include "core/pack.h"
 #include "core/parallel.h"
 #include "kernels/block_sparse_mm.h"
@@ -20,6 +21,7 @@
 namespace {
 
 using namespace fips;
+using fips::testing::Elements;
 
 void require(bool condition) {
   if (!condition) {
@@ -44,14 +46,6 @@ class Input {
   const uint8_t* data_;
   size_t size_, at_ = 0;
 };
-
-// Exactly as long as its content, on the heap: a step past it is seen.
-template <class T>
-std::vector<T> exact(const std::vector<T>& from) {
-  std::vector<T> copy(from);
-  copy.shrink_to_fit();
-  return copy;
-}
 
 constexpr int32_t kEdges[] = {16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 32, 64, 128};
 
@@ -159,33 +153,8 @@ int64_t element_bytes(const Header& h, int64_t count) {
   }
 }
 
-std::vector<uint8_t> ones(DType dtype, int64_t count) {
-  std::vector<uint8_t> bytes(static_cast<size_t>(count * element_size(dtype)));
-  for (int64_t i = 0; i < count; ++i) {
-    void* at = bytes.data() + i * element_size(dtype);
-    switch (dtype) {
-      case DType::kFloat64: {
-        const double one = 1;
-        memcpy(at, &one, sizeof one);
-        break;
-      }
-      case DType::kFloat32: {
-        const float one = 1;
-        memcpy(at, &one, sizeof one);
-        break;
-      }
-      case DType::kBFloat16: {
-        const auto one = FromAccumulator<BFloat16>::convert(1.0f);
-        memcpy(at, &one, sizeof one);
-        break;
-      }
-      default: {
-        const auto one = FromAccumulator<Half>::convert(1.0f);
-        memcpy(at, &one, sizeof one);
-      }
-    }
-  }
-  return bytes;
+Elements ones(DType dtype, int64_t count) {
+  return Elements(std::vector<float>(static_cast<size_t>(count), 1.0f), dtype);
 }
 
 bool multiply(const BlockSparseView& v, const Header& h, std::vector<uint8_t>& out) {
@@ -195,7 +164,7 @@ bool multiply(const BlockSparseView& v, const Header& h, std::vector<uint8_t>& o
   p.tokens = h.tokens;
   p.x_stride = p.in_features();
   p.out_stride = p.out_features();
-  const std::vector<uint8_t> x = ones(h.dtype, h.tokens * p.x_stride);
+  const Elements x = ones(h.dtype, h.tokens * p.x_stride);
   out.assign(static_cast<size_t>(h.tokens * p.out_stride * element_size(h.dtype)), 0);
   p.x = x.data();
   p.out = out.data();
@@ -207,8 +176,7 @@ bool multiply(const BlockSparseView& v, const Header& h, std::vector<uint8_t>& o
 
 bool decode(const BlockSparseView& v, const Header& h) {
   const int64_t width = 3, hidden = v.cols, rank = v.rows;
-  const std::vector<uint8_t> x = ones(h.dtype, h.tokens * width),
-                             base = ones(h.dtype, width * rank);
+  const Elements x = ones(h.dtype, h.tokens * width), base = ones(h.dtype, width * rank);
   std::vector<uint8_t> y(static_cast<size_t>(h.tokens * width * element_size(h.dtype)));
   SharedMlpParams p;
   p.dtype = h.dtype;
@@ -286,9 +254,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     check_product(good, out);
   }
 
-  hostile.values = exact(h.storage == Storage::kPlain && h.dtype == DType::kFloat32
-                             ? hostile.slice.values
-                             : std::vector<uint8_t>(element_bytes(h, count)));
+  hostile.values = h.storage == Storage::kPlain && h.dtype == DType::kFloat32
+                       ? hostile.slice.values
+                       : std::vector<uint8_t>(element_bytes(h, count));
   hostile.scales = std::vector<Half>(static_cast<size_t>(hostile.slice.num_blocks() * h.bn),
                                      FromAccumulator<Half>::convert(1.0f));
   BlockSparseView v = hostile.view();
@@ -317,8 +285,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   std::vector<uint8_t> dense(static_cast<size_t>(h.rows * h.cols * element_size(h.dtype)));
   cpu::fill_dense_transposed(v, dense.data(), kSerial);
   if (h.storage == Storage::kPlain) {
-    const std::vector<uint8_t> a = ones(h.dtype, h.tokens * h.rows),
-                               b = ones(h.dtype, h.tokens * h.cols);
+    const Elements a = ones(h.dtype, h.tokens * h.rows), b = ones(h.dtype, h.tokens * h.cols);
     std::vector<double> sums(static_cast<size_t>(count));  // as wide as any accumulator
     BlockSparseSddmmParams p;
     p.v = v;

@@ -124,7 +124,9 @@ def main() -> None:
         results[name] = {**figures, "seconds": round(seconds)}
         for i, (figure, value) in enumerate(figures.items()):
             table.add_row("" if i else name, figure, str(value), "" if i else f"{seconds:.0f}")
-    replace_file(arguments.out, json.dumps({"command": "make reliability", "parts": results}, indent=1))
+    only = "".join(f" --only '{name}'" for name in arguments.only or ())
+    command = f"python -m tests.reliability{only} --out {arguments.out}"
+    replace_file(arguments.out, json.dumps({"command": command, "parts": results}, indent=1))
     Console().print(table)
 
 
