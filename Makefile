@@ -17,8 +17,8 @@ INSTALLED := $(VENV)/.installed-cuda-$(FIPS_WITH_CUDA)
 export CUDAARCHS ?= 80;90a-real
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python tests/cpp -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.css' -o -name '*.cmake' -o -name '*.in' -o -name '*.txt' \))
 
-.PHONY: test demo setup lint cpp-test python-test timm-test oldest-test asan-test reliability fuzz cuda-audit \
-  format clean
+.PHONY: test demo setup lint cpp-test python-test timm-test oldest-test asan-test tsan-test valgrind-test reliability \
+  fuzz cuda-audit format clean
 
 test: setup lint cpp-test asan-test python-test timm-test
 
@@ -74,6 +74,17 @@ asan-test: $(VENV)/.tools | gtest
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset asan  # ninja may be in .venv only
 	cmake --build --preset asan
 	ctest --preset asan
+
+# Races between threads of the CPU kernels, and what the scalar ones read that was never written.
+tsan-test: $(VENV)/.tools | gtest
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset tsan
+	cmake --build --preset tsan
+	ctest --preset tsan
+
+VALGRIND := valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite,possible
+valgrind-test: $(INSTALLED)
+	@command -v valgrind >/dev/null || { echo "valgrind is missing: install it (Debian: apt-get install valgrind)" >&2; exit 1; }
+	$(VALGRIND) $(BUILD)/tests/cpp/fips_tests --gtest_filter='*/scalar:Pack*:Core*'
 
 python-test: $(INSTALLED) $(VENV)/.demo-data
 	FIPS_EMULATED_LIBRARY=$(CURDIR)/$(BUILD)/tests/cpp/fips_emulated.so $(BIN)/python -m pytest -n 2 --dist loadfile

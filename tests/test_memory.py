@@ -66,6 +66,15 @@ def test_what_is_kept_survives_relaxing(dtype: torch.dtype, shape: list[int]) ->
     assert torch.equal(filled, tensor)  # it stays when the block is over
 
 
+def test_a_copy_lies_in_a_file(tmp_path) -> None:
+    tensor = torch.randn(LARGE)
+    assert torch.equal(memory.copy(tensor), tensor)
+    with memory.bounded(tmp_path):
+        copied = memory.copy(tensor)
+        assert torch.equal(copied, tensor)
+        assert memory.keep(copied) is copied
+
+
 def test_strided_tensors_are_kept_by_their_elements(tmp_path) -> None:
     with memory.bounded(tmp_path):
         tensor = torch.randn(400, 300)

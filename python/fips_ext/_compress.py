@@ -150,6 +150,7 @@ class Compression:
         self._divergence: tuple[float | None, float | None] = (None, None)
         self.inputs: dict[str, str] = {}  # all that the result depends on, see Journal.begin
         self.meter = _Meter(progress, len(self.groups), recipe)
+        self._teams = distributed.Teams(len(self.groups))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -181,6 +182,8 @@ class Compression:
         if self._calibration is not None and len(recipe.bases) > 1:
             self._dense_losses = self._token_losses()
         if recipe.effective_ranking == "model":
+            if recipe.init != "svd":
+                self._observe(self._teams.mine())
             # Plain pruning and a base need their bytes in different groups: divided is by the cheaper one, by
             # the first unless the other is clearly so.
             cost, plans = self._divided(recipe.bases[0])
@@ -202,8 +205,8 @@ class Compression:
             with contextlib.suppress(BudgetError):
                 plan = budget.solve(dataclasses.replace(self.recipe, base=base), plan.shape)
             plans.append(plan)
-        turns = range(distributed.rank(), len(plans), distributed.size())
-        parts = distributed.gather({index: self._curve(self.groups[index], plans[index]) for index in turns})
+        led = [index for index in self._teams.mine() if self._teams.of(index).leads]
+        parts = distributed.gather({index: self._curve(self.groups[index], plans[index]) for index in led})
         found = {index: result for part in parts for index, result in part.items()}
         curves, lost = zip(*(found[index] for index in range(len(plans))), strict=True)
         # Errors are in nats where gradients were looked at; else they have no scale.
@@ -224,12 +227,10 @@ class Compression:
 
     def finish_groups(self, journal: Journal | None) -> None:
         """Initialise, train and install every group; those that a journal keeps come from there."""
-        teams = distributed.Teams(len(self.groups))
-        alone = distributed.size() == 1
-        for index in teams.mine():  # what cannot be compressed is found before anything is replaced
-            if self._calibration is not None and (journal is None or not journal.has(index)):
-                for mlp in self.groups[index].mlps:
-                    self._calibration.observe(mlp)
+        teams, alone = self._teams, distributed.size() == 1
+        kept = [g for g in teams.mine() if teams.of(g).agree(journal is not None and journal.has(g))]
+        # What cannot be compressed is found before anything is replaced.
+        self._observe([g for g in teams.mine() if g not in kept])
         for index in teams.mine():
             group, team = self.groups[index], teams.of(index)
             finished = journal.load(index, group.names) if journal is not None and team.leads else None
@@ -245,17 +246,22 @@ class Compression:
                 self._settle(group)
         if not alone:
             for index, group in enumerate(self.groups):
-                leader = teams.leader(index)
-                packed = group.finished().pack() if distributed.rank() == leader else None
-                group.take(FinishedGroup.unpack(distributed.broadcast(packed, leader)))
+                team = distributed.everyone(teams.leader(index))
+                group.take(FinishedGroup.of_leader(team, group.finished() if team.leads else None))
                 self._settle(group)
+
+    def _observe(self, groups: Iterable[int]) -> None:
+        """Look at the MLPs of groups that this process works on, every team together."""
+        if self._calibration is not None:
+            for index in groups:
+                for mlp in self.groups[index].mlps:
+                    self._calibration.observe(mlp, self._teams.of(index))
 
     def _work_on(self, group: Group, team: distributed.Team) -> None:
         if team.leads:
             self.initialise(group)
         if team.size > 1:
-            packed = team.broadcast(group.finished().pack() if team.leads else None)
-            group.take(FinishedGroup.unpack(packed))
+            group.take(FinishedGroup.of_leader(team, group.finished() if team.leads else None))
         self.train(group, team)
 
     def _settle(self, group: Group) -> None:

@@ -139,22 +139,28 @@ class TensorFiles:
         Raises:
             CheckpointError: one is of a dtype that no model here has, or a file cannot be mapped.
         """
-        sizes = self.sizes()
-        found = {}
-        for path in self.files:
-            try:
-                buffer = memory.map_file(path)
-            except (OSError, ValueError) as error:
-                raise unreadable(path, error) from error
-            # safe_open has checked that the header is sound and its offsets are inside the file.
-            start = 8 + int.from_bytes(buffer[:8], "little")
-            header: dict[str, Any] = json.loads(buffer[8:start])
-            for name, entry in header.items():
-                if name in self.stored and self.stored[name][0] == path:
-                    dtype, offset = _DTYPES[entry["dtype"]], start + entry["data_offsets"][0]
-                    count = sizes[name][0] // dtype.itemsize
-                    found[name] = _from_buffer(buffer, dtype, count, offset).view(entry["shape"])
-        return found
+        self.sizes()
+        return {name: tensor for path in self.files for name, tensor in map_tensors(path).items()}
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file, mapped for as long as it is used; what is written to one is lost.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or cannot be mapped.
+    """
+    stored = _headers(path)  # sound, and all of them inside the file
+    try:
+        buffer = memory.map_file(path)
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    start = 8 + int.from_bytes(buffer[:8], "little")
+    header: dict[str, Any] = json.loads(buffer[8:start])
+    found = {}
+    for name, (kind, shape) in stored.items():
+        count, offset = math.prod(shape), start + header[name]["data_offsets"][0]
+        found[name] = _from_buffer(buffer, _DTYPES[kind], count, offset).view(shape)
+    return found
 
 
 def _from_buffer(buffer: Any, dtype: torch.dtype, count: int, offset: int) -> Tensor:

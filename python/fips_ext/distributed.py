@@ -84,17 +84,17 @@ def add_up(tensors: Iterable[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
-def join_parts(tensor: Tensor) -> None:
+def join_parts(tensor: Tensor, group: Any = None) -> None:
     """Replace a contiguous tensor, each element of which only one process has and the others hold as zero."""
     if _is_active() and tensor.numel():
         raw = tensor.view(-1).view(torch.uint8)
         # Sums of bits with zeros: exact, for any dtype.
         whole = raw.numel() // 4 * 4
         if whole and raw.data_ptr() % 4 == 0:
-            dist.all_reduce(raw[:whole].view(torch.int32))
+            dist.all_reduce(raw[:whole].view(torch.int32), group=group)
             raw = raw[whole:]
         if raw.numel():
-            dist.all_reduce(raw)
+            dist.all_reduce(raw, group=group)
 
 
 def gather(value: Any) -> list[Any]:
@@ -104,18 +104,6 @@ def gather(value: Any) -> list[Any]:
     found: list[Any] = [None] * size()
     dist.all_gather_object(found, value)
     return found
-
-
-def broadcast(data: bytes | None, source: int, group: Any = None) -> bytes:
-    """What ``source`` has; the others give None."""
-    if not _is_active():
-        return data
-    length = torch.tensor([0 if data is None else len(data)])
-    dist.broadcast(length, source, group=group)
-    content = bytearray(int(length)) if data is None else bytearray(data)
-    if content:
-        dist.broadcast(torch.frombuffer(content, dtype=torch.uint8), source, group=group)
-    return bytes(content)
 
 
 def check_equal(values: dict[str, str], what: str) -> None:
@@ -177,11 +165,39 @@ class Team:
 
     def agree(self, leader_says: bool) -> bool:
         """What the leader says; the others' word does not count."""
-        return self.broadcast(bytes([leader_says])) == b"\x01"
+        return self.broadcast(bytes([leader_says]) if self.leads else None) == b"\x01"
 
     def broadcast(self, data: bytes | None) -> bytes:
-        """What the leader has."""
-        return data if self.size == 1 else broadcast(data if self.leads else None, self._leader, self._handle)
+        """What the leader has; the others give None."""
+        if self.size == 1:
+            return data
+        length = torch.tensor([len(data) if self.leads else 0])
+        self.broadcast_into(length)
+        content = bytearray(data) if self.leads else bytearray(int(length))
+        if content:
+            self.broadcast_into(torch.frombuffer(content, dtype=torch.uint8))
+        return bytes(content)
+
+    def broadcast_into(self, tensor: Tensor) -> None:
+        """Replace a contiguous tensor on the host by that of the leader, of the same dtype and shape."""
+        if self.size > 1 and tensor.numel():
+            raw = tensor.detach().view(-1).view(torch.uint8)
+            dist.broadcast(raw, self._leader, group=self._handle)
+
+    def takes(self, number: int) -> bool:
+        """Whether the ``number``-th of many parts is this process's to work on."""
+        return number % self.size == self.place
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over the team."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=self._handle)
+
+    def join_parts(self, tensor: Tensor) -> None:
+        """See :func:`join_parts`."""
+        if self.size > 1:
+            join_parts(tensor, self._handle)
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace gradients by their sum over the team."""
@@ -189,11 +205,12 @@ class Team:
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad, group=self._handle)
+                self.add_up([parameter.grad])
 
 
 ALONE = Team([0], None)
 
 
-def everyone() -> Team:
-    return Team(list(range(size())), None)
+def everyone(leader: int = 0) -> Team:
+    """All processes."""
+    return Team([leader, *(r for r in range(size()) if r != leader)], None)

@@ -1,4 +1,4 @@
-"""A group of MLPs that is compressed but not yet rounded, as tensors and a JSON document, or as bytes."""
+"""A group of MLPs that is compressed but not yet rounded, as tensors and a JSON document."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from safetensors.torch import load, save
+import torch
 from torch import Tensor, nn
 
+from . import memory
 from ._structure import describe, rebuild
+from .distributed import Team
 from .nn import SharedMLP, SparseFactor
 from .nn.factor import Rounding
-
-_LENGTH = 8  # bytes
 
 
 @dataclasses.dataclass
@@ -59,15 +59,14 @@ class FinishedGroup:
 
     @classmethod
     def decode(cls, tensors: dict[str, Tensor], document: dict[str, Any]) -> FinishedGroup:
-        """Inverse of :meth:`encode`.
+        """Inverse of :meth:`encode`; the MLPs are made of ``tensors`` themselves.
 
         Raises:
             KeyError, TypeError, ValueError, RuntimeError, CheckpointError: they do not fit.
         """
         scales = {name: tensors[f"{name}.rounding"] for name in document["roundings"]}
         structure = document["structure"]
-        # Copies: a file maps tensors at any address, which the last bits of a product depend on.
-        found = {name: tensor.clone() for name, tensor in tensors.items() if not name.endswith(".rounding")}
+        found = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rounding")}
         found |= {alias: found[kept] for alias, kept in structure["tied"].items()}
         holder = nn.ModuleList(nn.Identity() for _ in document["names"])
         rebuild(holder, structure, "the group", replaces=False)
@@ -77,17 +76,19 @@ class FinishedGroup:
         fields = (document[key] for key in ("before", "after", "seconds"))
         return cls(document["names"], list(holder), *fields)
 
-    def pack(self) -> bytes:
-        """For another process."""
-        tensors, document = self.encode()
-        text = json.dumps(document).encode()
-        return len(text).to_bytes(_LENGTH, "little") + text + save(tensors)
-
     @classmethod
-    def unpack(cls, data: bytes) -> FinishedGroup:
-        """Inverse of :meth:`pack`."""
-        start = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
-        return cls.decode(load(data[start:]), json.loads(data[_LENGTH:start]))
+    def of_leader(cls, team: Team, group: FinishedGroup | None) -> FinishedGroup:
+        """What the leader of ``team`` gives, for all of it; the others give None."""
+        tensors, document = ({}, {}) if group is None else group.encode()
+        kinds = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
+        said = json.loads(team.broadcast(json.dumps([kinds, document]).encode() if team.leads else None))
+        kinds, document = said
+        for name, (dtype, shape) in kinds.items():
+            if not team.leads:
+                tensors[name] = memory.empty(tuple(shape), getattr(torch, dtype))
+            team.broadcast_into(tensors[name])
+            memory.relax()
+        return cls.decode(tensors, document)
 
 
 @contextlib.contextmanager

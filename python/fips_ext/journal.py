@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from . import memory
 from ._atomic import replace_file, replaced_file
 from ._json import read_json
+from ._tensor_files import map_tensors
 from .errors import CheckpointError, InvalidArgument
 from .finished_group import FinishedGroup
 
@@ -216,7 +218,9 @@ class Journal:
             raise ValueError(f"it is of {document['names']} in another run")
         if _sha256(weights) != document["sha256"]:
             raise ValueError("its checksum differs")
-        return FinishedGroup.decode(load_file(weights), document)
+        # Copies: a file maps tensors at any address, which the last bits of a product depend on.
+        tensors = {name: memory.copy(tensor) for name, tensor in map_tensors(weights).items()}
+        return FinishedGroup.decode(tensors, document)
 
     def _path(self, index: int, kind: str) -> Path:
         return self.folder / f"group-{index:04d}.{kind}"

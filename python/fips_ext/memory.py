@@ -91,6 +91,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     return workspace.empty(shape, dtype)
 
 
+def copy(tensor: Tensor) -> Tensor:
+    """A copy on the host, in a scratch file if there are such."""
+    copied = empty(tuple(tensor.shape), tensor.dtype)
+    copied.copy_(tensor.detach())
+    relax()
+    return copied
+
+
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Like :func:`empty`, of zeros."""
     return empty(shape, dtype, device).zero_()

@@ -1,6 +1,8 @@
 // A slice of codes, and the same slice with the values that the codes stand for.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <random>
 
@@ -105,5 +107,25 @@ class QuantisedSlice {
   std::vector<Half> scales_;
   std::vector<int32_t> block_ptr_;
 };
+
+inline constexpr int64_t kSliceRows = 150, kSliceCols = 170;
+
+// Every kind of slice that codes are stored in.
+template <class F>
+void for_each_slice(double density, F&& body) {
+  for (const auto& [bk, bn] : {std::pair(16, 16), std::pair(32, 128), std::pair(128, 64)}) {
+    for (const bool bitmap : {false, true}) {
+      for (const Storage storage : {Storage::kInt8, Storage::kInt4}) {
+        for (const DType dtype :
+             {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+          SCOPED_TRACE(::testing::Message()
+                       << bk << "x" << bn << " bitmap=" << bitmap
+                       << " int4=" << (storage == Storage::kInt4) << " " << dtype_name(dtype));
+          body(QuantisedSlice(kSliceRows, kSliceCols, bk, bn, bitmap, storage, dtype, density, 5));
+        }
+      }
+    }
+  }
+}
 
 }  // namespace fips::testing

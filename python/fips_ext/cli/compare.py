@@ -175,7 +175,7 @@ def compare_methods(
         print_json({"dense": results.dense, "rows": [dataclasses.asdict(row) for row in rows]})
         return
     for table in tables:
-        stdout().print(_rich(table))
+        _print_whole(_rich(table))
     stdout().print(f"wrote {RESULT_FILE}, {TABLE_FILE} and {PLOT_FILE} to {out}", soft_wrap=True)
 
 
@@ -221,12 +221,20 @@ def _check_plot() -> None:
 
 
 def _rich(table: Any) -> Table:
-    shown = Table(title=table.title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    shown = Table(title=table.title, box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for name, column in zip(table.header, zip(*table.rows, strict=True), strict=True):
-        # Within 80 columns: headers break, numbers and names must not.
+        # Within 80 columns, if they suffice: headers break, numbers and names must not.
         shown.add_column(name.replace(" ", "\n"), min_width=max(map(len, column)))
     for number, cells in enumerate(table.rows):
         if number in table.sections:
             shown.add_section()
         shown.add_row(*cells)
     return shown
+
+
+def _print_whole(table: Table) -> None:
+    """Wider than the terminal, if it must be: lines that wrap are worth more than numbers cut off."""
+    console = stdout()
+    needed = console.measure(table, options=console.options.update(max_width=1000)).minimum
+    console.width = max(console.width, needed)
+    console.print(table)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import memory
+from .. import distributed, memory
 from ..errors import InvalidArgument
 from ..fingerprint import Fingerprint
 from ..init import SliceProblem
@@ -106,19 +106,24 @@ class Calibration:
             self._held_out,
         )
 
-    def observe(self, mlp: DenseMLP) -> None:
+    def observe(self, mlp: DenseMLP, team: distributed.Team = distributed.ALONE) -> None:
         """Look at ``mlp`` now, and not when something of it is first asked for.
+
+        Args:
+            team: shares out the work; all of it must call this.
 
         Raises:
             NumericalError: NaN or Inf in its activations.
         """
-        self._observe(self.names.index(mlp.name), mlp)
+        self._observe(self.names.index(mlp.name), mlp, team)
 
-    def _observe(self, index: int, mlp: DenseMLP) -> Observation:
+    def _observe(self, index: int, mlp: DenseMLP, team: distributed.Team = distributed.ALONE) -> Observation:
         """When it is first asked for: not every process, nor every run, needs all MLPs."""
         if index not in self._observations:
             inputs, targets = self._store.inputs[index], self._store.targets[index]
-            self._observations[index] = observe(mlp, inputs, targets, self.compute_dtype, self._held_out)
+            self._observations[index] = observe(
+                mlp, inputs, targets, self.compute_dtype, self._held_out, team
+            )
         return self._observations[index]
 
 

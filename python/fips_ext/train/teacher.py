@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .. import memory
+from .. import distributed, memory
 from ..errors import NumericalError
 from ..init import SliceProblem
 from ..reference import ACTIVATIONS
@@ -77,7 +77,12 @@ def check_weights(mlp: DenseMLP) -> None:
 
 @torch.no_grad()
 def observe(
-    mlp: DenseMLP, inputs: Tensor, targets: Tensor, compute_dtype: torch.dtype, held_out: int = 0
+    mlp: DenseMLP,
+    inputs: Tensor,
+    targets: Tensor,
+    compute_dtype: torch.dtype,
+    held_out: int = 0,
+    team: distributed.Team = distributed.ALONE,
 ) -> Observation:
     """Run the dense MLP over its calibration inputs.
 
@@ -86,6 +91,7 @@ def observe(
         targets: gets the outputs, ``[tokens, d]`` on the host.
         held_out: trailing rows that only get targets and weights.
         compute_dtype: of the matrix products; sums are taken in float32 or better.
+        team: shares out the rows; all of it must call this.
 
     Raises:
         NumericalError: an activation or output is NaN or Inf.
@@ -98,16 +104,20 @@ def observe(
     moment = torch.zeros(hidden, dtype=torch.float64, device=device)  # E[h_j²]
     token_weight = torch.empty(inputs.shape[0])
     counted = inputs.shape[0] - held_out
-    power = 0.0
+    power = torch.zeros((), dtype=torch.float64, device=device)
     limit = input_limit = None
-    finite = True
+    strange = torch.zeros((), device=device)  # chunks with outputs that are not finite
 
     def linear(role: str, x: Tensor) -> Tensor:
         y = (x.to(compute_dtype) @ low[role].t()).float()
         return y if biases[role] is None else y + biases[role].float()
 
-    for start in range(0, inputs.shape[0], _CHUNK):
+    for number, start in enumerate(range(0, inputs.shape[0], _CHUNK)):
         rows = slice(start, start + _CHUNK)
+        if not team.takes(number):
+            targets[rows], token_weight[rows] = 0, 0
+            if number > 0:  # the first says what an outlier is
+                continue
         x = inputs[rows].to(device)
         pre = {role: linear(role, x) for role in weights if role != "down"}
         act = ACTIVATIONS[mlp.activation]
@@ -116,26 +126,31 @@ def observe(
         powers, input_powers = y.square().sum(1), x.float().square().sum(1)
         if limit is None:
             limit, input_limit = OUTLIER * powers.median(), OUTLIER * input_powers.median()
+            if not team.takes(number):
+                continue
         w = token_weights(powers, limit)
         targets[rows], token_weight[rows] = y.to(targets), w.to(token_weight)
-        finite = finite and bool(powers.isfinite().all())
+        strange += ~powers.isfinite().all()
         # Zero weight keeps the held-out rows out of every sum.
         trained = torch.arange(start, start + w.shape[0], device=device) < counted
         w = w * trained
-        power += float((w * powers).double().sum())
+        power += (w * powers).double().sum()
         weighted = x.float() * (trained * token_weights(input_powers, input_limit)).sqrt().unsqueeze(1)
         metric += (weighted.t() @ weighted).double()
         moment += (w @ h.square()).double()
 
     tokens = max(1, counted)
-    if not (finite and bool(metric.isfinite().all())):
+    team.add_up((metric, moment, power, strange))
+    for part in (targets, token_weight):
+        team.join_parts(part)
+    if not (strange == 0 and bool(metric.isfinite().all())):
         raise NumericalError(
             f"{mlp.name}: NaN or Inf in its activations on the calibration data; check the inputs, or load "
             "the model in bfloat16 or float32"
         )
     metric = memory.keep((metric / tokens).float())
     memory.relax()
-    return Observation(token_weight, power / tokens, metric, (moment / tokens).float())
+    return Observation(token_weight, float(power) / tokens, metric, (moment / tokens).float())
 
 
 def _damped(metric: Tensor) -> Tensor:
