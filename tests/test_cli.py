@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from fips_ext import checkpoint
 from fips_ext.cli import app
+from fips_ext.cli.compare import print_whole, rich_table
+from fips_ext.comparison.table import Table
 from fips_ext.evaluate import perplexity
 from fips_ext.integrations.text import read_text, token_windows
 from fips_ext.models import load_model
@@ -380,6 +382,14 @@ def test_compare_measures_draws_and_goes_on(dense, text, tmp_path, monkeypatch):
     message = refusal(*first, *options, "--windows", 1)
     assert "another setting (texts differ)" in message
     assert "named alike" in refusal(*first, *options, "--text", text)
+
+
+def test_compare_cuts_no_cell(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    row = ["0.75", "pruning:block:32x32", *(f"{i}.1234567" for i in range(8))]
+    table = Table("quality", ["ratio", "method", *map(str, range(8))], [row], [0])
+    print_whole(rich_table(table))
+    assert capsys.readouterr().out.splitlines()[-1].split() == row
 
 
 def test_compare_needs_matplotlib(dense, monkeypatch):

@@ -101,7 +101,7 @@ def assert_equal_but_for_rounding(first: Path, second: Path) -> None:
     ("processes", "options"),
     [
         (2, ["--group-size", "2"]),
-        (3, ["--group-size", "2", "--base", "shared", "--distill-steps", "3"]),
+        (3, ["--group-size", "2", "--base", "shared", "--distill-steps", "3", "--tokens", "5000"]),
         (2, ["--group-size", "4", "--pattern", "block:16x16", "--base", "both", "--ratio", "0.95"]),
     ],
 )
@@ -139,8 +139,8 @@ def test_a_process_that_dies_fails_the_job_and_the_next_goes_on(folder) -> None:
     assert_equal_but_for_rounding(folder / "whole", folder / "killed")
 
 
-# A mesh keeps its process group, whose threads may let go of a tensor while the interpreter ends: gloo aborts then
-# (pytorch/pytorch#179291). So it does not end.
+# A mesh keeps its process group, whose threads may let go of a tensor while the interpreter ends, which is an
+# abort (pytorch/pytorch#179291). So it does not end.
 TENSOR_PARALLEL = """
 import copy, os, torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -178,7 +178,7 @@ def test_tensor_parallel_inference(tmp_path, processes) -> None:
 
 
 OBSERVED = """
-import torch
+import os, torch
 from fips_ext import distributed
 from fips_ext.errors import NumericalError
 from fips_ext.surgery import find_mlps
@@ -204,12 +204,39 @@ with distributed.processes():
         distributed.barrier()
     else:
         raise AssertionError(f"process {distributed.rank()} saw nothing")
+os._exit(0)  # see above
 """
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_team_shares_out_the_rows(tmp_path, processes) -> None:
     done = torchrun(tmp_path, OBSERVED, processes)
+    assert done.returncode == 0, done.stderr
+
+
+REUSED = """
+import copy, torch
+from fips_ext import Recipe, calibrate, compress, distributed
+from tests.tiny_models import build
+torch.manual_seed(0)
+model, x = build("llama")
+def factors(size):
+    recipe = Recipe(ratio=0.8, calibration_tokens=96, steps=0, group_size=size)
+    compressed = copy.deepcopy(model)
+    compress(compressed, recipe, data)
+    return compressed.state_dict()
+with distributed.processes():
+    with calibrate(model, [x] * 8, 96) as data:
+        again = [factors(size) for size in (1, 4)][1]  # what one has seen then, the other has not
+    with calibrate(model, [x] * 8, 96) as data:
+        anew = factors(4)
+    for name, tensor in anew.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-3, atol=1e-3)
+"""
+
+
+def test_a_calibration_serves_two_compressions(tmp_path) -> None:
+    done = torchrun(tmp_path, REUSED, 2)
     assert done.returncode == 0, done.stderr
 
 
@@ -220,13 +247,16 @@ from tests.tiny_models import build
 torch.manual_seed(0)
 model, x = build("llama")
 with distributed.processes():
-    x = (x + distributed.rank()) % 64
-    compress(model, Recipe(ratio=0.8, calibration_tokens=96, steps=0), [x] * 8)
+    size = 1 + 2 * distributed.rank() if OTHER == "recipe" else 2
+    if OTHER == "calibration":
+        x = (x + distributed.rank()) % 64
+    compress(model, Recipe(ratio=0.8, calibration_tokens=96, steps=0, group_size=size), [x] * 8)
 """
 
 
-def test_nodes_must_have_the_same(tmp_path) -> None:
-    """Every process is given its own text here, as nodes with other files would have."""
-    done = torchrun(tmp_path, DIFFERENT, 2)
+@pytest.mark.parametrize("other", ["calibration", "recipe"])
+def test_nodes_must_have_the_same(tmp_path, other) -> None:
+    """Every process is given its own text or recipe here, as nodes with other files or options would have."""
+    done = torchrun(tmp_path, f"OTHER = {other!r}\n{DIFFERENT}", 2)
     assert done.returncode != 0
-    assert "have another calibration; give every node the same files and options" in done.stderr
+    assert f"have another {other}; give every node the same files and options" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import resource
@@ -150,9 +151,13 @@ class Compression:
         self._divergence: tuple[float | None, float | None] = (None, None)
         self.inputs: dict[str, str] = {}  # all that the result depends on, see Journal.begin
         self.meter = _Meter(progress, len(self.groups), recipe)
-        self._teams = distributed.Teams(len(self.groups))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    @functools.cached_property
+    def _teams(self) -> distributed.Teams:
+        """All processes ask for them at once, and have as many groups: it is a collective call."""
+        return distributed.Teams(len(self.groups))
 
     @property
     def device(self) -> torch.device:
@@ -472,5 +477,7 @@ def _device_name(device: torch.device) -> str:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if peak := memory.peak():  # unlike ru_maxrss, without what the parent of this process had
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

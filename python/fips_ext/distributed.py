@@ -131,7 +131,7 @@ class Teams:
             for g in range(groups)
         ]
         # Every process has to call new_group for every team.
-        self._handles = [dist.new_group(m) if len(m) > 1 else None for m in self._members]
+        self._handles = [dist.new_group(m, timeout=_PATIENCE) if len(m) > 1 else None for m in self._members]
 
     def mine(self) -> list[int]:
         """The groups that this process works on."""
@@ -166,6 +166,12 @@ class Team:
     def agree(self, leader_says: bool) -> bool:
         """What the leader says; the others' word does not count."""
         return self.broadcast(bytes([leader_says]) if self.leads else None) == b"\x01"
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so for one of the team."""
+        count = torch.tensor([int(here)])
+        self.add_up([count])
+        return bool(count)
 
     def broadcast(self, data: bytes | None) -> bytes:
         """What the leader has; the others give None."""

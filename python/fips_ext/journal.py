@@ -27,6 +27,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from . import memory
 from ._atomic import replace_file, replaced_file
@@ -38,6 +39,7 @@ from .finished_group import FinishedGroup
 _log = logging.getLogger(__name__)
 
 _VERSION = 1
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError, CheckpointError)
 _INPUTS = "inputs.json"
 _LOCK = "lock"
 _SCRATCH = "scratch"
@@ -179,14 +181,25 @@ class Journal:
 
         Args:
             names: of its MLPs.
+
+        Raises:
+            OSError: within ``memory.bounded``, the disk has no room for it.
         """
         if not self.has(index):
             return None
         try:
-            return self._read(index, names)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError, CheckpointError) as error:
-            _log.warning("%s: damaged (%s); computed again", self._path(index, "json"), error)
-            return None
+            mapped, document = self._read(index, names)
+        except _DAMAGE as error:
+            return self._damaged(index, error)
+        # Copies: a file maps tensors at any address, which the last bits of a product depend on.
+        tensors = {name: memory.copy(tensor) for name, tensor in mapped.items()}
+        try:
+            return FinishedGroup.decode(tensors, document)
+        except _DAMAGE as error:
+            return self._damaged(index, error)
+
+    def _damaged(self, index: int, error: Exception) -> None:
+        _log.warning("%s: damaged (%s); computed again", self._path(index, "json"), error)
 
     def discard(self) -> None:
         """Delete the folder: the model is saved. Of a joined process, only what is of this run."""
@@ -211,16 +224,14 @@ class Journal:
             document["sha256"] = _sha256(new)
         replace_file(self._path(index, "json"), json.dumps(document))
 
-    def _read(self, index: int, names: list[str]) -> FinishedGroup:
+    def _read(self, index: int, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         document = read_json(self._path(index, "json"))
         weights = self._path(index, "safetensors")
         if document["names"] != names or document["run"] != self._run:
             raise ValueError(f"it is of {document['names']} in another run")
         if _sha256(weights) != document["sha256"]:
             raise ValueError("its checksum differs")
-        # Copies: a file maps tensors at any address, which the last bits of a product depend on.
-        tensors = {name: memory.copy(tensor) for name, tensor in map_tensors(weights).items()}
-        return FinishedGroup.decode(tensors, document)
+        return map_tensors(weights), document
 
     def _path(self, index: int, kind: str) -> Path:
         return self.folder / f"group-{index:04d}.{kind}"

@@ -101,7 +101,9 @@ def copy(tensor: Tensor) -> Tensor:
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Like :func:`empty`, of zeros."""
-    return empty(shape, dtype, device).zero_()
+    filled = empty(shape, dtype, device).zero_()
+    relax()
+    return filled
 
 
 def keep_module(module: nn.Module) -> None:
@@ -165,14 +167,14 @@ def scratch(count: int, dtype: torch.dtype, folder: str | Path | None = None) ->
     return torch.frombuffer(_scratch_map(count * dtype.itemsize, folder), dtype=dtype, count=count)
 
 
-def peak() -> int:
-    """The most bytes of this process that were resident; since :func:`bounded`, within it."""
-    return _status("VmHWM")
+def peak(process: int | str = "self") -> int:
+    """The most bytes of a process that were resident; since :func:`bounded`, within it."""
+    return _status("VmHWM", process)
 
 
 def resident() -> int:
     """Bytes of this process that are resident now."""
-    return _status("VmRSS")
+    return _status("VmRSS", "self")
 
 
 class _Workspace:
@@ -264,9 +266,9 @@ def _before_module(module: nn.Module, _args: Any) -> None:
         relax()
 
 
-def _status(field: str) -> int:
-    """A field of ``/proc/self/status`` in bytes; 0 where there is no such file."""
-    with contextlib.suppress(OSError), Path("/proc/self/status").open() as file:
+def _status(field: str, process: int | str) -> int:
+    """A field of ``/proc/PROCESS/status`` in bytes; 0 where there is no such file."""
+    with contextlib.suppress(OSError), Path(f"/proc/{process}/status").open() as file:
         for line in file:
             if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024

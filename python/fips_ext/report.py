@@ -44,7 +44,8 @@ class Report:
             per prediction (features: half their relative squared error), on held-out calibration data,
             before and after ``distill_steps``; None without any.
         seconds: in all.
-        peak_memory: high-water mark of the process in bytes; on CUDA that of the device.
+        peak_memory: most bytes that were resident, since it began within ``memory.bounded``, else since the
+            process did; on CUDA the most that were allocated on the device.
         inputs: all that the result depends on, fingerprints of the model and the data among it; two runs with
             equal ones end in equal tensors.
     """

@@ -175,7 +175,7 @@ def compare_methods(
         print_json({"dense": results.dense, "rows": [dataclasses.asdict(row) for row in rows]})
         return
     for table in tables:
-        _print_whole(_rich(table))
+        print_whole(rich_table(table))
     stdout().print(f"wrote {RESULT_FILE}, {TABLE_FILE} and {PLOT_FILE} to {out}", soft_wrap=True)
 
 
@@ -220,7 +220,7 @@ def _check_plot() -> None:
         raise ImportError("the plot needs matplotlib; pip install 'fips_ext[plot]'")
 
 
-def _rich(table: Any) -> Table:
+def rich_table(table: Any) -> Table:
     shown = Table(title=table.title, box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for name, column in zip(table.header, zip(*table.rows, strict=True), strict=True):
         # Within 80 columns, if they suffice: headers break, numbers and names must not.
@@ -232,7 +232,7 @@ def _rich(table: Any) -> Table:
     return shown
 
 
-def _print_whole(table: Table) -> None:
+def print_whole(table: Table) -> None:
     """Wider than the terminal, if it must be: lines that wrap are worth more than numbers cut off."""
     console = stdout()
     needed = console.measure(table, options=console.options.update(max_width=1000)).minimum

@@ -115,7 +115,11 @@ class Calibration:
         Raises:
             NumericalError: NaN or Inf in its activations.
         """
-        self._observe(self.names.index(mlp.name), mlp, team)
+        index = self.names.index(mlp.name)
+        # Of earlier compressions, with other teams, some may know what the others do not.
+        if team.any(index not in self._observations):
+            self._observations.pop(index, None)
+            self._observe(index, mlp, team)
 
     def _observe(self, index: int, mlp: DenseMLP, team: distributed.Team = distributed.ALONE) -> Observation:
         """When it is first asked for: not every process, nor every run, needs all MLPs."""
